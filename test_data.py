@@ -1,0 +1,312 @@
+"""Neighbour lists against ASE, packed sets against what went into them, the order and the dealing of batches."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, fcc111, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import complete_cell
+from ase.neighborlist import primitive_neighbor_list
+
+import data
+
+HERE = Path(__file__).parent
+
+
+def run(*command, ok=True):
+    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True)
+    assert "Traceback" not in out.stderr, out.stderr
+    assert (out.returncode == 0) == ok, out.stdout + out.stderr
+    return out.stdout + out.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Neighbour list
+
+
+def batch_of(structures, cutoff):
+    return data.make_batch(
+        torch.from_numpy(np.concatenate([a.numbers for a in structures])),
+        torch.from_numpy(np.concatenate([a.positions for a in structures])),
+        torch.from_numpy(np.stack([a.cell.array for a in structures])),
+        torch.from_numpy(np.stack([a.pbc for a in structures])),
+        torch.tensor([len(a) for a in structures]),
+        cutoff,
+    )
+
+
+def odd_structures():
+    """Tiny, skewed, left-handed, unwrapped, huge, and partly periodic cells."""
+    rng = np.random.default_rng(0)
+    out = [bulk("W"), bulk("NaCl", "rocksalt", 5.6), Atoms("He", cell=[1.5, 20, 3], pbc=True), molecule("C6H6")]
+    out += [Atoms("Ar", cell=[20, 20, 20], pbc=True), Atoms("Xe"), fcc111("Pt", (2, 2, 3), vacuum=9)]
+    out += [Atoms("H2", [[0, 0, 0], [900, 0, 0.7]]), Atoms("CO", [[0, 0, 0], [0, 0, 1.1]], cell=[0, 4, 0], pbc=[0, 1, 0])]
+    out += [bulk("Si", cubic=True) * (5, 5, 5)]
+    for k in range(330):
+        n = rng.integers(1, 30)
+        cell = np.diag(rng.uniform(2, 12, 3)) + rng.normal(size=(3, 3)) * rng.choice([0.3, 2.5])
+        if abs(np.linalg.det(cell)) < 15 or (k % 3 and np.linalg.det(cell) < 60):
+            cell = np.diag([3.0, 4.0, -9.0])
+        pbc = rng.random(3) < (1 if k % 3 else 0.5)
+        if k % 10 == 0:  # no vectors where not periodic
+            cell[~pbc] = 0
+        out.append(Atoms(f"C{n}", rng.uniform(-9, 15, (n, 3)), cell=cell, pbc=pbc))
+    return out
+
+
+@pytest.mark.parametrize("cutoff, n", [(6.0, 340), (3.3, 60)])
+def test_neighbor_list_equals_ase(cutoff, n):
+    structures = odd_structures()[:n]
+    assert len(structures) == n
+    b = batch_of(structures, cutoff)
+    assert (b.receivers.diff() >= 0).all()
+    assert (b.row_ptr.diff() == torch.bincount(b.receivers, minlength=len(b.numbers))).all()
+    first, n_edges = 0, 0
+    for atoms in structures:
+        of = (b.receivers >= first) & (b.receivers < first + len(atoms))
+        got = torch.cat([b.receivers[of, None] - first, b.senders[of, None] - first, b.shifts[of]], 1)
+        cell = complete_cell(atoms.cell)  # ASE 3.29 misses pairs where a vector is zero
+        i, j, d, s = primitive_neighbor_list("ijdS", atoms.pbc, cell, atoms.positions, cutoff)
+        near = np.abs(d - cutoff) < 1e-9  # either answer is right to rounding
+        expected = np.column_stack([i, j, s])[~near]
+        sure = (b.vectors[of].norm(dim=1) - cutoff).abs() > 1e-9
+        assert set(map(tuple, got[sure].tolist())) == set(map(tuple, expected.tolist())), atoms
+        assert sure.sum() == len(expected)
+        vectors = atoms.positions[got[:, 1]] - atoms.positions[got[:, 0]] + got[:, 2:].numpy() @ atoms.cell.array
+        np.testing.assert_allclose(b.vectors[of].numpy(), vectors, atol=1e-9)
+        first, n_edges = first + len(atoms), n_edges + len(expected)
+    assert n_edges > 10_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def labelled(atoms, energy=-1.0, forces=None, stress=None, **info):
+    atoms = atoms.copy()
+    labels = dict(energy=energy, forces=np.zeros((len(atoms), 3)) if forces is None else forces)
+    if stress is not False and atoms.pbc.all():
+        labels["stress"] = np.arange(6.0) if stress is None else stress
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    atoms.info.update(info)
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """24 frames of six materials, one molecule among them, energies of known E0s."""
+    rng = np.random.default_rng(1)
+    out, e0 = [], {"Na": -1.5, "Cl": -2.0, "Si": -5.0, "H": -1.0, "O": -4.0}
+    for k in range(24):
+        atoms = [bulk("NaCl", "rocksalt", 5.6), bulk("Si"), molecule("H2O"), bulk("Na"), molecule("O2"), bulk("Si", cubic=True)]
+        atoms = atoms[k % 6]
+        atoms.rattle(0.05, rng=rng)
+        forces = rng.normal(size=(len(atoms), 3))
+        energy = sum(e0[s] for s in atoms.symbols) + 0.25 * len(atoms)
+        out.append(labelled(atoms, energy, forces, rng.normal(size=6) * 0.01, mp_id=f"mp-{k % 6}", frame_id=f"mp-{k % 6}-{k}"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(frames, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    ase.io.write(folder / "frames.extxyz", frames)
+    print(run("data.py", "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1))
+    return folder / "set"
+
+
+def test_pack_keeps_every_number(frames, packed):
+    p = data.PackedSet(packed)
+    assert len(p.n_atoms) == len(frames)
+    b = p.batch(np.arange(len(frames)))
+    for k, atoms in enumerate(frames):
+        of = b.structure == k
+        assert p.name(k) == atoms.info["frame_id"]
+        assert b.numbers[of].tolist() == atoms.numbers.tolist()
+        assert b.energy[k].item() == atoms.get_potential_energy()
+        np.testing.assert_allclose(b.positions[of], atoms.positions, atol=1e-6)
+        np.testing.assert_allclose(b.forces[of], atoms.get_forces(), atol=1e-6)
+        if atoms.pbc.all():
+            np.testing.assert_allclose(b.stress[k], atoms.get_stress(voigt=False), atol=1e-8)
+        else:
+            assert b.stress[k].isnan().all() and not p.has_stress[k]
+        assert p.n_edges[k] == len(primitive_neighbor_list("i", atoms.pbc, atoms.cell, atoms.positions, 6.0))
+    assert (p.count_edges() == p.n_edges).all()
+    official = np.random.RandomState(42).permutation(24)[19:]  # the last 20%
+    assert sorted(p.indices(data.VAL)) == sorted(official)
+
+
+def test_statistics_by_a_naive_loop(frames, packed):
+    p = data.PackedSet(packed)
+    s = p.meta["statistics"]
+    train = [frames[i] for i in p.indices(data.TRAIN)]
+    e0 = dict(zip(s["atomic_numbers"], s["atom_energies"]))
+    left = [(a.get_potential_energy() - sum(e0[z] for z in a.numbers)) / len(a) for a in train]
+    assert s["shift"] == pytest.approx(np.mean(left), abs=1e-6)
+    assert np.std(left) < 1e-6  # energies are sums of E0s here
+    forces = np.concatenate([a.get_forces() for a in train])
+    assert s["scale"] == pytest.approx(np.sqrt(np.mean(forces**2)))
+    neighbors = [len(primitive_neighbor_list("i", a.pbc, a.cell, a.positions, 6.0)) / len(a) for a in train]
+    assert s["avg_n_neighbors"] == pytest.approx(np.mean(neighbors))
+
+
+def test_mptrj_from_a_zip_of_its_form(frames, packed, tmp_path):
+    """One extxyz a material in a folder, names out of order, __MACOSX litter: as in the official zips."""
+    zip_path = tmp_path / "mp-trj.zip"
+    with zipfile.ZipFile(zip_path, "w") as z:
+        for k in reversed(range(6)):
+            ase.io.write(tmp_path / "m.extxyz", frames[k::6])
+            z.write(tmp_path / "m.extxyz", f"mptrj-gga-ggapu/mp-{k}.extxyz")
+            z.writestr(f"__MACOSX/mptrj-gga-ggapu/._mp-{k}.extxyz", b"\x00\x05\x16\x07")
+    run("data.py", "mptrj", "--zip", zip_path, "--out", tmp_path / "set", "--split", "material", "--val", "0.3", "--workers", 1)
+    p = data.PackedSet(tmp_path / "set")
+    order = [k for m in range(6) for k in range(m, 24, 6)]  # sorted by file name
+    assert [p.name(i) for i in range(24)] == [frames[k].info["frame_id"] for k in order]
+    materials = [{p.name(i).rsplit("-", 1)[0] for i in p.indices(split)} for split in (data.TRAIN, data.VAL)]
+    assert materials[0] and materials[1] and not materials[0] & materials[1]
+    assert "exists" in run("data.py", "mptrj", "--zip", zip_path, "--out", tmp_path / "set", ok=False)
+
+
+def test_other_formats_and_constraints(tmp_path):
+    """Anything ASE reads; forces as computed, not zeroed on fixed atoms."""
+    from ase.constraints import FixAtoms
+
+    atoms = labelled(bulk("NaCl", "rocksalt", 5.6), -7.0, [[0, 0, 0.5], [0, 0, -0.5]])
+    atoms.set_constraint(FixAtoms([0]))
+    ase.io.write(tmp_path / "a.traj", [atoms] * 3)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as z:
+        z.write(tmp_path / "a.traj", "inner/a.traj")
+    run("data.py", "pack", tmp_path / "a.traj", tmp_path / "b.zip", "--out", tmp_path / "set", "--workers", 1)
+    p = data.PackedSet(tmp_path / "set")
+    assert p.arrays["energy"].tolist() == [-7.0] * 6
+    assert p.arrays["forces"][:, 2].tolist() == [0.5, -0.5] * 6
+
+
+BAD = {
+    "no labels": ("no energy", bulk("Si")),
+    "NaN energy": ("energy not finite", labelled(bulk("Si"), np.nan)),
+    "NaN forces": ("forces not finite", labelled(bulk("Si"), forces=np.full((2, 3), np.nan))),
+    "NaN stress": ("stress not finite", labelled(bulk("Si"), stress=np.full(6, np.nan))),
+    "no stress": ("no stress (--no-stress accepts that)", labelled(bulk("Si"), stress=False)),
+    "unknown element": ("unknown element", labelled(Atoms("X"))),
+    "zero volume": ("zero volume", labelled(Atoms("Si", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True))),
+    "absurd force": ("a force of 5000.0 eV/A", labelled(bulk("Si"), forces=[[5000, 0, 0], [0, 0, 0]])),
+    "atoms on top of each other": ("two atoms 0.000 A apart", labelled(Atoms("Si2", np.zeros((2, 3)), cell=[9, 9, 9], pbc=True))),
+    "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
+}
+
+
+def test_bad_frames_are_named_and_skipped(tmp_path):
+    good = labelled(bulk("Si"))
+    frames = [good, *[atoms for _, atoms in BAD.values()], good]
+    ase.io.write(tmp_path / "frames.traj", frames)
+    (tmp_path / "text.extxyz").write_text("1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n")
+    files = tmp_path / "frames.traj", tmp_path / "text.extxyz"
+    said = run("data.py", "pack", *files, "--out", tmp_path / "set", "--workers", 1, ok=False)
+    assert not (tmp_path / "set").exists()
+    for k, (reason, _) in enumerate(BAD.values(), 1):
+        assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
+    assert "bad: text.extxyz#0: cannot be read" in said and "11 frames are unusable" in said
+    said = run("data.py", "pack", *files, "--out", tmp_path / "set", "--bad", "skip", "--workers", 1)
+    assert "11 skipped" in said and len(data.PackedSet(tmp_path / "set").n_atoms) == 2
+
+
+def test_bad_files_give_one_line(tmp_path):
+    (tmp_path / "empty.extxyz").touch()
+    (tmp_path / "text.extxyz").write_text("hello\n")
+    (tmp_path / "cut.extxyz").write_text("3\nenergy=1\nSi 0 0 0\n")
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
+    for name, words in {
+        "none.extxyz": "no file",
+        "empty.extxyz": "no usable frame",
+        "text.extxyz": "expected a number of atoms",
+        "cut.extxyz": "ends in the middle",
+    }.items():
+        said = run("data.py", "pack", tmp_path / name, "--out", tmp_path / "set", "--workers", 1, ok=False)
+        assert "error: " in said and words in said
+    assert "not a whole zip" in run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)
+    with pytest.raises(FileNotFoundError, match="no packed set"):
+        data.PackedSet(tmp_path / "nothing")
+
+
+def test_damaged_set_is_told(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "set")
+    with open(tmp_path / "set" / "forces.npy", "r+b") as f:
+        f.truncate(200)
+    with pytest.raises(ValueError, match="damaged"):
+        data.PackedSet(tmp_path / "set")
+
+
+def test_sample_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    said = run("data.py", "sample", "--out", tmp_path / "data/sample", ok=False)
+    assert "error: pip could not fetch" in said and "copy mattersim-1.2.3.tar.gz to" in said
+    (tmp_path / "data" / "mattersim-1.2.3.tar.gz").write_bytes(b"not it")
+    assert "wrong sha256" in run("data.py", "sample", "--out", tmp_path / "data/sample", ok=False)
+
+
+def test_sample_split():
+    """No material on two sides; nothing above 20 eV/A; validation and test from mptrj-random-1k."""
+    rng = np.random.default_rng(0)
+    n = 3000
+    materials = np.array([f"mp-{i}".encode() for i in rng.integers(0, 1200, n)])
+    files = rng.choice([b"mptrj-random-1k.xyz", b"mptrj-highest-stress-1k.xyz"], n)
+    forces = rng.normal(size=(2 * n, 3)) * rng.choice([1, 12], (2 * n, 1), p=[0.95, 0.05])
+    arrays = dict(materials=materials, files=files, forces=forces, offsets=np.arange(0, 2 * n + 1, 2))
+    split = data.split_sample(arrays)
+    sides = [set(materials[split == k]) for k in (data.TRAIN, data.VAL, data.TEST)]
+    assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    largest = np.linalg.norm(forces, axis=1).reshape(n, 2).max(1)
+    assert (split[largest > 20] == data.EXCLUDED).all() and largest[split != data.EXCLUDED].max() <= 20
+    assert set(files[np.isin(split, [data.VAL, data.TEST])]) == {b"mptrj-random-1k.xyz"}
+    for m in sides[1]:
+        assert int(hashlib.sha256(m).hexdigest(), 16) % 1000 < 300
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order and dealing
+
+
+def test_every_frame_once_an_epoch_and_reproducible():
+    train = np.arange(100, 131)
+    seen = np.concatenate([data.step_indices(train, 8, 5, step) for step in range(31)])  # 8 epochs
+    for epoch in seen.reshape(8, 31):
+        assert sorted(epoch) == sorted(train)
+    assert (seen[:31] != seen[31:62]).any()
+    assert (data.step_indices(train, 8, 5, 17) == seen[17 * 8 : 18 * 8]).all()
+    assert (data.step_indices(train, 8, 6, 0) != seen[:8]).any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_deal_balances_and_micro_batches_keep_the_budget(ranks):
+    rng = np.random.default_rng(0)
+    n_atoms = rng.integers(1, 200, 5000)
+    n_edges = n_atoms * rng.integers(5, 90, 5000)
+    indices = rng.permutation(5000)[:256]
+    hands = data.deal(indices, n_edges, ranks)
+    assert sorted(np.concatenate(hands)) == sorted(indices)
+    loads = [n_edges[h].sum() for h in hands]
+    assert max(loads) < 1.02 * min(loads)
+    for hand in hands:
+        pieces = data.micro_batches(hand, n_atoms, n_edges, 4000, 50_000)
+        assert np.concatenate(pieces).tolist() == hand.tolist()
+        assert all(n_edges[p].sum() <= 50_000 and n_atoms[p].sum() <= 4000 for p in pieces)
+    assert [len(p) for p in data.micro_batches(indices, n_atoms, n_edges, 1, 1)] == [1] * 256
+
+
+def test_cutoff_of_its_own_recounts_edges(packed):
+    p = data.PackedSet(packed, cutoff=4.0)
+    b = p.batch(np.arange(len(p.n_atoms)))
+    assert p.n_edges.tolist() == torch.bincount(b.structure[b.receivers], minlength=len(p.n_atoms)).tolist()
+    assert p.n_edges.sum() < data.PackedSet(packed).n_edges.sum()

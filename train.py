@@ -1,0 +1,526 @@
+"""Train Nequix. One script, one loop, one clock; the same step on a CPU, one GPU or many.
+
+    python train.py                                                     # data/mptrj if it is packed, else data/sample
+    torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32       # the same global batch, dealt to two GPUs
+    python train.py --validate nequix-mp-1.nqx --data data/mptrj --frames 200
+
+Rerunning a command resumes its run exactly; Ctrl-C and SIGTERM save first. The defaults are Table A.1 of the paper, with
+Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, model.pt (EMA weights), curve.png.
+"""
+
+import argparse
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import model as nequix
+from data import PackedSet, deal, micro_batches, prefetch, step_indices
+from model import Nequix, energy_forces_stress
+from muon import Muon
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyper-parameters
+
+
+def arg(default, help, **kwargs):
+    return field(default=default, metadata=dict(help=help, **kwargs))
+
+
+@dataclass
+class Args:
+    data: str = arg("", "packed set (default: data/mptrj if packed, else data/sample, fetched if absent)")
+    out: str = arg("", "folder of the run (default: runs/ and the name of the set)")
+    # model
+    hidden: str = arg("128x0e+64x1o+32x2e+32x3o", "irreps of the hidden features")
+    lmax: int = arg(3, "highest degree of the spherical harmonics")
+    layers: int = arg(4, "message-passing layers")
+    cutoff: float = arg(6.0, "A")
+    n_basis: int = arg(8, "Bessel functions")
+    radial_size: int = arg(64, "width of the radial MLP")
+    radial_layers: int = arg(2, "hidden layers of the radial MLP")
+    no_norm: bool = arg(False, "leave the equivariant RMSNorm out")
+    # optimization
+    epochs: float = arg(100.0, "passes over the training frames")
+    steps: int = arg(0, "steps, instead of --epochs")
+    batch: int = arg(256, "structures a step, over all ranks")
+    optimizer: str = arg("muon", "optimizer", choices=["muon", "adamw"])
+    lr: float = arg(0.01, "peak learning rate")
+    weight_decay: float = arg(1e-3, "of the weight matrices; multiplies the learning rate")
+    warmup_epochs: float = arg(0.1, "linear warm-up, from 0.2 of the peak")
+    grad_clip: float = arg(100.0, "largest norm of the gradient")
+    ema: float = arg(0.999, "decay of the averaged weights")
+    energy_weight: float = arg(20.0, "of the mean |dE|/atom, eV")
+    force_weight: float = arg(20.0, "of the mean |dF|, the length of the vector, eV/A")
+    stress_weight: float = arg(5.0, "of the mean |d stress| component, eV/A^3")
+    seed: int = arg(0, "of the weights and the order of the data")
+    dtype: str = arg("float32", "of the network", choices=["float32", "float64"])
+    # how it runs; none of these changes the result but by rounding
+    tf32: bool = arg(False, "TensorFloat32 for dense products on CUDA")
+    conv: str = arg("auto", "convolution", choices=["auto", "torch", "oeq"])
+    device: str = arg("", "cpu or cuda (default: cuda if there is one)")
+    max_edges: int = arg(0, "edges in a micro-batch (default: from the free memory)")
+    eval_every: int = arg(0, "steps between validations (default: one an epoch, at least 10 in all)")
+    save_every: int = arg(200, "steps between checkpoints")
+    # instead of training
+    validate: str = arg("", "print the errors of these weights on the validation split, and leave", metavar="WEIGHTS")
+    frames: int = arg(0, "with --validate: so many frames only")
+
+
+FREE = {"out", "conv", "device", "max_edges", "save_every", "validate", "frames"}  # may change between resumptions
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Args):
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
+        help = dict(f.metadata)
+        if f.type is not bool and f.default not in ("", 0):
+            help["help"] += f" (default: {f.default})"
+        p.add_argument("--" + f.name.replace("_", "-"), **kind, **help)
+    a = Args(**vars(p.parse_args(argv)))
+    for name in "batch lr layers cutoff n_basis radial_size epochs save_every".split():
+        if getattr(a, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
+    return a
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss and errors
+
+
+def differences(model, batch, create_graph=False):
+    """dE/n (S,), dF (A, 3), d stress (S, 3, 3) against the labels, and where each label exists; 0 elsewhere."""
+    predicted = energy_forces_stress(model, batch, create_graph)
+    out = []
+    for p, label in zip(predicted, (batch.energy, batch.forces, batch.stress)):
+        there = torch.isfinite(label)
+        out += [torch.where(there, p - label, 0), there]
+    out[0] = out[0] / batch.n_atoms
+    return out
+
+
+def batch_loss(model, batch, weights, counts):
+    """This batch's share of the loss: sums over its structures, divided by the counts of the whole step.
+
+    20 mean |dE|/n + 20 mean |dF| (length of the vector) + 5 mean |d stress| (components).
+    """
+    de, _, df, _, ds, _ = differences(model, batch, create_graph=True)
+    sums = de.abs().sum(), torch.linalg.vector_norm(df, dim=1).sum(), ds.abs().sum()
+    return sum(w * s / max(n, 1) for w, s, n in zip(weights, sums, counts))
+
+
+def label_counts(packed, indices):
+    """Structures with an energy, atoms with forces, stress components: what the loss of `indices` is divided by."""
+    forces = packed.n_atoms[indices][packed.has_forces[indices]].sum()
+    return packed.has_energy[indices].sum(), forces, 9 * packed.has_stress[indices].sum()
+
+
+@torch.no_grad()
+def evaluate(model, packed, indices, max_edges, rank=0, ranks=1):
+    """The three MAEs: energy, mean over structures of |dE|/n, meV/atom; forces, mean over all components of all atoms,
+    meV/A (exact: the official code averages batch by batch); stress, mean over structures of the nine |d stress|/n,
+    meV/A^3/atom. With them, the same with zero forces and stress and the E0s alone. Sharded over ranks, exact sums."""
+    total = torch.zeros(9, dtype=torch.float64, device=packed.device)
+    mine = deal(indices, packed.n_edges, ranks)[rank]
+    pieces = micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    for batch in prefetch(packed, tqdm(pieces, "validation", leave=False, disable=None if rank == 0 else True)):
+        de, has_e, df, has_f, ds, has_s = differences(model, batch)
+        e0 = model.e0[model.species[batch.numbers]]
+        e0 = e0.new_zeros(len(batch.cell)).index_add(0, batch.structure, e0)
+        n = batch.n_atoms[:, None, None]
+        e_base = torch.where(has_e, batch.energy - e0, 0) / batch.n_atoms
+        base = e_base, torch.where(has_f, batch.forces, 0), torch.where(has_s, batch.stress, 0) / n
+        total[:3] += torch.stack([x.abs().sum() for x in (de, df, ds / n)])
+        total[3:6] += torch.stack([x.sum() for x in (has_e, has_f, has_s)])
+        total[6:] += torch.stack([x.abs().sum() for x in base])
+    if ranks > 1:
+        dist.all_reduce(total)
+    total = total.cpu()
+    return (1000 * total[:3] / total[3:6]).tolist(), (1000 * total[6:] / total[3:6]).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setup
+
+
+def default_data():
+    if (Path("data/mptrj") / "meta.json").exists():
+        return "data/mptrj"
+    if not (Path("data/sample") / "meta.json").exists():
+        data.fetch_sample("data/sample")
+    return "data/sample"
+
+
+def default_max_edges(model, device):
+    """Edges of a micro-batch whose double backward fits the free memory: about 12 copies of what an edge carries."""
+    if device.type == "cpu":
+        return 20_000
+    floats = 0
+    for layer in model.layers:
+        w = layer.radial[-1].shape[1]
+        messages = sum((2 * l + 1) * m for l, m in enumerate(layer.muls_mid))
+        floats += w if nequix.choose_conv(model.conv, device) == "oeq" else w + 2 * messages
+    return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / (12 * 4 * floats)), 10_000)
+
+
+def learning_rate(step, total, warmup, peak):
+    """optax.warmup_cosine_decay_schedule: from 0.2 of the peak, linear, then a cosine to 1e-6 at `total`."""
+    if step < warmup:
+        return peak * (0.2 + 0.8 * step / warmup)
+    x = min((step - warmup) / max(total - warmup, 1), 1)
+    return 1e-6 + (peak - 1e-6) * 0.5 * (1 + math.cos(math.pi * x))
+
+
+def make_optimizer(params, a):
+    if a.optimizer == "muon":
+        return Muon(params, lr=a.lr, weight_decay=a.weight_decay)
+    groups = [dict(params=[p for p in params if p.ndim == n], weight_decay=w) for n, w in ((2, a.weight_decay), (1, 0.0))]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=a.lr)
+
+
+def save_state(path, **state):
+    """The file appears whole or not at all, also when the machine goes down."""
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def draw_curve(path, history, targets):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    units = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A$^3$/atom)"
+    for k, (axis, unit) in enumerate(zip(axes, units)):
+        axis.semilogy([h[0] for h in history], [h[1][k] for h in history], "o-", ms=3)
+        axis.axhline(targets[k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
+        axis.set(xlabel="step", ylabel=unit)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def run_header(a, packed, device, ranks, model):
+    here = Path(__file__).parent
+    sources = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py muon.py data.py".split())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    smi = ""
+    if device.type == "cuda":
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    return (
+        f"{sources}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}"
+        f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
+        f"{ranks} x {name}, convolution: {nequix.choose_conv(a.conv, device)}\n"
+        f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n"
+        f"{asdict(a)}\n{sum(p.numel() for p in model.parameters())} weights\n"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation of given weights
+
+
+def check_elements(model, packed, indices):
+    atoms = np.concatenate([np.arange(*packed.offsets[i : i + 2]) for i in indices])
+    unknown = set(np.unique(packed.numbers[atoms]).tolist()) - set(model.config["atomic_numbers"])
+    if unknown:
+        raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
+
+
+@torch.no_grad()
+def validate_weights(a, device, dtype):
+    """Errors of a checkpoint on a packed set, and the usual suspects if they are large: E0s, units, the stress sign."""
+    model = nequix.load(a.validate, device, dtype, a.conv)
+    packed = PackedSet(a.data, model.config["cutoff"], device)
+    val = packed.indices(data.VAL)
+    indices = np.sort(np.random.RandomState(0).permutation(val)[: a.frames or None])
+    if len(indices) == 0:
+        raise ValueError(f"{a.data} has no validation frames")
+    check_elements(model, packed, indices)
+    max_edges = a.max_edges or default_max_edges(model, device)
+    (e, f, s), base = evaluate(model, packed, indices, max_edges)
+    print(f"{a.validate} on {len(indices)} validation frames of {a.data}:")
+    print(f"energy MAE {e:.2f} meV/atom, force MAE {f:.2f} meV/A, stress MAE {s:.3f} meV/A^3/atom")
+    print(f"(E0s alone, zero forces, zero stress: {base[0]:.2f}, {base[1]:.2f}, {base[2]:.3f})")
+
+    ours = packed.meta["statistics"]
+    ours = dict(zip(ours["atomic_numbers"], ours["atom_energies"]))
+    theirs = dict(zip(model.config["atomic_numbers"], model.e0.tolist()))
+    frames = (data.composition(packed.numbers, packed.offsets)[packed.split == data.TRAIN] > 0).sum(0)
+    gap = {z: ours[z] - theirs[z] for z in ours if z in theirs and frames[z] >= 20}  # fits to a few frames say nothing
+    if gap:
+        worst = sorted(gap, key=lambda z: -abs(gap[z]))[:5]
+        mean = statistics.fmean(map(abs, gap.values()))
+        print(f"E0s, those of the set less those of the weights, over {len(gap)} elements in 20 frames or more:")
+        print(f"  mean |difference| {mean:.3f} eV; largest: " + ", ".join(f"Z={z} {gap[z]:+.3f} eV" for z in worst))
+    products = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in prefetch(packed, micro_batches(indices, packed.n_atoms, packed.n_edges, max_edges, max_edges)):
+        _, forces, stress = energy_forces_stress(model, batch)
+        for k, (p, label) in enumerate(((forces, batch.forces), (stress, batch.stress))):
+            there = torch.isfinite(p) & torch.isfinite(label)
+            products[2 * k : 2 * k + 2] += torch.stack([(p * label)[there].sum(), p.square()[there].sum()])
+    slope = products[::2] / products[1::2]
+    print(f"labels = slope x prediction: forces {slope[0]:.3f}, stress {slope[1]:.3f}")
+    print("  about 1: same units and sign; stress -1: the other sign; 160: GPa; 1602: kbar, not eV/A^3")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(a, device, dtype, rank, ranks):
+    packed = PackedSet(a.data, a.cutoff, device)
+    train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
+    if len(val_frames) == 0:
+        raise ValueError(f"{a.data} has no validation frames")
+    steps_per_epoch = len(train_frames) / a.batch
+    total = a.steps or max(round(a.epochs * steps_per_epoch), 1)
+    eval_every = a.eval_every or max(min(round(steps_per_epoch), total // 10), 1)
+    out = Path(a.out or f"runs/{Path(a.data).name}")
+
+    # Model, averaged weights, optimizer. All gradients lie in one flat tensor, which is all-reduced as it is; its last
+    # two elements carry the loss and whether a rank was told to stop.
+    torch.manual_seed(a.seed)
+    stats = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
+    keys = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
+    config = {**stats, **{k: getattr(a, k) for k in keys}, "norm": not a.no_norm}
+    model = Nequix(config, a.conv).to(device, dtype)
+    ema_model = deepcopy(model).requires_grad_(False)
+    params, ema_params = list(model.parameters()), list(ema_model.parameters())
+    sizes = [p.numel() for p in params]
+    flat = torch.zeros(sum(sizes) + 2, dtype=dtype, device=device)
+    for p, g in zip(params, flat[:-2].split(sizes)):
+        p.grad = g.view_as(p)
+    optimizer = make_optimizer(params, a)
+    max_edges = a.max_edges or default_max_edges(model, device)
+    weights = a.energy_weight, a.force_weight, a.stress_weight
+
+    # Resume
+    step, train_s, history, losses = 0, 0.0, [], deque(maxlen=1000)
+    fixed = {k: v for k, v in asdict(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
+    state_file, resumed = out / "state.pt", False
+    if state_file.exists():
+        try:
+            state = torch.load(state_file, map_location=device, weights_only=True)
+            differ = [f"{k}: {state['fixed'].get(k)} -> {v}" for k, v in fixed.items() if state["fixed"].get(k) != v]
+        except Exception as e:
+            raise ValueError(f"{state_file} can't be read ({str(e).splitlines()[0]}): remove {out} to start anew") from None
+        if differ:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out")
+        model.load_state_dict(state["model"])
+        ema_model.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, train_s, history, resumed = state["step"], state["train_s"], state["history"], True
+        losses.extend(state["losses"])
+    out.mkdir(parents=True, exist_ok=True)
+
+    def log(text, screen=True):
+        if rank == 0:
+            with open(out / "log.txt", "a") as f:
+                f.write(text + "\n")
+            if screen:
+                tqdm.write(text, file=sys.stdout)
+
+    def save():
+        if rank == 0:
+            optim, numbers = optimizer.state_dict(), dict(step=step, train_s=train_s, history=history, losses=list(losses))
+            save_state(state_file, fixed=fixed, model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optim, **numbers)
+
+    def gpu_hours():
+        return train_s * ranks / 3600 if device.type == "cuda" else 0.0
+
+    def sync():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    if resumed:
+        log(f"resumed at step {step} of {total}")
+    else:
+        log(run_header(a, packed, device, ranks, model), screen=False)
+        log(f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)")
+
+    def validate():
+        mae, base = evaluate(ema_model, packed, val_frames, max_edges, rank, ranks)
+        if step == 0:
+            log("E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom".format(*base))
+        seen, seconds = (step - history[-1][0], train_s - history[-1][2]) if history else (0, 0)
+        rate = seen * a.batch / seconds if seconds else 0
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+        history.append([step, mae, train_s, base])
+        log(
+            f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom "
+            f"loss={statistics.fmean(list(losses)[-max(seen, 1) :]) if losses else math.nan:.3f} train_s={train_s:.1f} "
+            f"gpu_h={gpu_hours():.4f} rate={rate:.1f} structures/s memory={memory:.2f} GiB"
+        )
+
+    # The micro-batches of this rank, step by step from `first`
+    def pieces_of(s):
+        mine = deal(step_indices(train_frames, a.batch, a.seed, s), packed.n_edges, ranks)[rank]
+        return micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
+
+    def batches_from(first):
+        return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s)))
+
+    def check(result, s):
+        """Stop on a loss that is not finite, or has exploded; no checkpoint is written after such a step."""
+        loss = result[0].item()
+        losses.append(loss)
+        median = statistics.median(losses)
+        high = list(losses)[-100:]
+        exploded = len(losses) > 200 and len(high) == 100 and min(high) > 10 * statistics.median(list(losses)[:-100])
+        if not math.isfinite(loss) or exploded:
+            ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
+            why = "is not finite" if not math.isfinite(loss) else f"has been over ten times its median ({median:.3g}) for 100 steps"
+            last = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
+            log(f"frames of step {s}: {ids}", screen=False)
+            raise ValueError(f"the loss {why} at step {s} ({loss}); {last}; frames: {ids}")
+        return result[1].item() > 0
+
+    # Ctrl-C and SIGTERM finish the step, save, and leave; a second one leaves at once.
+    told = []
+
+    def on_signal(number, frame):
+        told.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    # Warm-up outside the clock: kernels are built, allocators filled, and the gradient thrown away.
+    if step < total:
+        first = micro_batches(step_indices(train_frames, a.batch, a.seed, step)[:2], packed.n_atoms, packed.n_edges, 1e9, 1e9)
+        batch_loss(model, packed.batch(first[0]), weights, (1, 1, 1)).backward(inputs=params)
+        flat.zero_()
+    if not history or history[-1][0] != step:
+        validate()
+
+    bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
+    batches, pending, stop = batches_from(step), None, False
+    sync()
+    start = time.perf_counter()
+    while step < total and not stop:
+        counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
+        try:
+            for _ in pieces_of(step):
+                loss = batch_loss(model, next(batches), weights, counts)
+                loss.backward(inputs=params)
+                flat[-2] += loss.detach()
+        except torch.cuda.OutOfMemoryError:
+            loss = None
+            flat.zero_()
+            torch.cuda.empty_cache()
+            max_edges //= 2
+            if max_edges < 1000:
+                raise
+            log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
+            batches = batches_from(step)
+            continue
+        flat[-1] = len(told)
+        if ranks > 1:
+            dist.all_reduce(flat)
+        result = flat[-2:].to("cpu", non_blocking=True, copy=True)  # read one step late, so that the GPU need not wait for it
+        done = torch.cuda.Event() if device.type == "cuda" else None
+        if done:
+            done.record()
+
+        grad = flat[:-2]
+        grad *= (a.grad_clip / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, a.warmup_epochs * steps_per_epoch, a.lr)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema_params, params, 1 - min(a.ema, (1 + step) / (10 + step)))
+        flat.zero_()
+        step += 1
+        bar.update()
+
+        validating, saving = step % eval_every == 0 or step == total, step % a.save_every == 0
+        if pending:
+            pending[1] and pending[1].synchronize()
+            stop = check(pending[0], step - 2)
+        pending = result, done
+        if validating or saving or stop:  # the weights are kept: look at the last loss first
+            sync()
+            stop = check(result, step - 1) or stop
+            pending = None
+        if validating:
+            train_s += time.perf_counter() - start
+            validate()
+            if rank == 0:
+                nequix.save(out / "model.pt", ema_model)
+            sync()
+            start = time.perf_counter()
+        if validating or saving or stop:
+            now = time.perf_counter()
+            train_s, start = train_s + now - start, now
+            save()
+    bar.close()
+    if stop and step < total:
+        log(f"stopped at step {step} of {total} and saved to {state_file}; the same command goes on")
+        sys.exit(128 + (told[0] if told else signal.SIGTERM))
+
+    _, mae, _, base = history[-1]
+    if rank == 0:
+        draw_curve(out / "curve.png", history, base)
+        log("E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom".format(*base))
+    log(
+        f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
+        f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_hours():.5f}"
+    )
+
+
+def main():
+    rank = 0
+    try:
+        a = parse_args()
+        ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("--device cuda: torch sees no CUDA device")
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if ranks > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        torch.set_float32_matmul_precision("high" if a.tf32 else "highest")
+        if not a.data:
+            if rank == 0:
+                default_data()
+            if ranks > 1:
+                dist.barrier()
+            a.data = default_data()
+            if rank == 0:
+                print(f"data: {a.data}")
+        dtype = getattr(torch, a.dtype)
+        if a.validate:
+            validate_weights(a, device, dtype)
+        else:
+            train(a, device, dtype, rank, ranks)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}" if rank == 0 else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
