@@ -103,6 +103,7 @@ def replayed(function, example):
         graph.replay()
         return out
 
+    replay.holds = function  # and with it the tensors that the graph reads
     return replay
 
 

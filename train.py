@@ -82,7 +82,7 @@ class Args:
     frames: int = arg(0, "with --validate: so many frames only")
 
 
-FREE = {"out", "conv", "device", "max_edges", "save_every", "validate", "frames"}  # may change between resumptions
+FREE = {"out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames"}  # may change between resumptions
 
 
 def parse_args(argv=None):

@@ -1,0 +1,204 @@
+"""The training loop: one process against two, killed against uninterrupted, the loss against a naive loop, bad input."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, molecule
+
+import data
+import model as nequix
+from data import PackedSet
+from test_data import HERE, labelled, run
+from test_model import SHARED, needs_shared
+from train import batch_loss, evaluate, label_counts, learning_rate
+
+SMALL = "--hidden 8x0e+4x1o --lmax 1 --layers 2 --radial-size 8 --batch 6 --dtype float64 --device cpu --seed 3".split()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """60 frames, molecules without stress among them."""
+    folder, rng = tmp_path_factory.mktemp("train"), np.random.default_rng(0)
+    frames = []
+    for k in range(60):
+        atoms = [bulk("NaCl", "rocksalt", 5.6), molecule("H2O"), bulk("Si", cubic=True), molecule("O")][k % 4]
+        atoms.rattle(0.1, rng=rng)
+        forces, stress = rng.normal(size=(len(atoms), 3)), rng.normal(size=6) * 0.01
+        frames.append(labelled(atoms, -3.0 * len(atoms) + rng.normal(), forces, stress, frame_id=f"frame-{k}"))
+    ase.io.write(folder / "frames.extxyz", frames)
+    run("data.py", "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1)
+    return folder / "set"
+
+
+def weights(folder):
+    state = torch.load(folder / "state.pt", weights_only=True)
+    return state["step"], torch.cat([w.flatten() for w in [*state["model"].values(), *state["ema"].values()]])
+
+
+def command(packed, out, *more):
+    return ["train.py", "--data", packed, "--out", out, *SMALL, *more]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss, errors, schedule
+
+
+def test_loss_and_errors_equal_a_naive_loop(packed):
+    """Frame by frame; the same whether in one micro-batch or many."""
+    p = PackedSet(packed)
+    torch.manual_seed(0)
+    model = nequix.Nequix(p.meta["statistics"] | dict(hidden="8x0e+4x1o", lmax=1, layers=2)).double()
+    indices = np.arange(12)
+    de, df, df2, ds, ds_n = [], [], [], [], []
+    for i in indices:
+        b = p.batch(np.array([i]))
+        energy, forces, stress = (x.detach().numpy() for x in nequix.energy_forces_stress(model, b))
+        n = len(b.numbers)
+        de.append(abs(energy[0] - b.energy.item()) / n)
+        df += np.linalg.norm(forces - b.forces.numpy(), axis=1).tolist()
+        df2 += np.abs(forces - b.forces.numpy()).ravel().tolist()
+        if p.has_stress[i]:
+            ds += np.abs(stress[0] - b.stress[0].numpy()).ravel().tolist()
+            ds_n += (np.abs(stress[0] - b.stress[0].numpy()) / n).ravel().tolist()
+    expected = 20 * np.mean(de) + 20 * np.mean(df) + 5 * np.mean(ds)
+    counts = label_counts(p, indices)
+    for pieces in ([indices], np.split(indices, [1, 5])):
+        loss = sum(batch_loss(model, p.batch(piece), (20, 20, 5), counts).item() for piece in pieces)
+        assert loss == pytest.approx(expected, rel=1e-12)
+        mae, _ = evaluate(model, p, indices, max_edges=max(len(pieces[0]), 1) * 100)
+        assert mae == pytest.approx([1000 * np.mean(x) for x in (de, df2, ds_n)], rel=1e-12)
+
+
+def test_learning_rate_of_optax():
+    """warmup_cosine_decay_schedule(0.002, 0.01, 10, 100, 1e-6): values printed by optax 0.2.5."""
+    rates = [learning_rate(step, 100, 10, 0.01) for step in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0.002, 0.006, 0.01, 0.0050005, 1e-6], rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_two_processes_take_the_steps_of_one(packed, tmp_path):
+    steps = "--steps", "5", "--max-edges", "300"
+    run(*command(packed, tmp_path / "one", *steps))
+    torchrun = "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"
+    said = run(*torchrun, *command(packed, tmp_path / "two", *steps))
+    assert "2 rank(s)" in said
+    (step, one), (_, two) = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert step == 5 and ((one - two).abs() <= 1e-9 * one.abs().clamp(min=1e-6)).all()
+    first, second = ((tmp_path / k / "log.txt").read_text().splitlines()[-1].split() for k in ("one", "two"))
+    assert first[0] == "final" and first[1:5] == second[1:5]  # the errors too
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(packed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    said = run(*command(packed, out, "--steps", "40", "--eval-every", "20", "--save-every", "3"))
+    assert said.splitlines()[-1].startswith("final step=40 energy_mae_mev_atom=")
+    assert (out / "model.pt").exists() and (out / "curve.png").exists()
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_with_the_same_weights(packed, tmp_path, uninterrupted, number):
+    """SIGKILL at any point; SIGTERM and SIGINT save the step they were in. The rerun goes on."""
+    arguments = command(packed, tmp_path / "run", "--steps", "40", "--eval-every", "20", "--save-every", "3")
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    state = tmp_path / "run" / "state.pt"
+    while not (state.exists() and torch.load(state, weights_only=True)["step"] >= 6):
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    step, _ = weights(tmp_path / "run")
+    assert 6 <= step < 40 and process.returncode != 0
+    if number != signal.SIGKILL:
+        assert f"stopped at step {step} of 40" in said
+    assert f"resumed at step {step} of 40" in run(*arguments)
+    (_, a), (_, b) = weights(uninterrupted), weights(tmp_path / "run")
+    assert torch.equal(a, b)
+    final = [(f / "log.txt").read_text().splitlines()[-1].split()[:5] for f in (uninterrupted, tmp_path / "run")]
+    assert final[0] == final[1]
+
+
+def test_a_finished_run_says_so_again(packed, uninterrupted):
+    said = run(*command(packed, uninterrupted, "--steps", "40", "--eval-every", "20", "--save-every", "3"))
+    assert said.splitlines()[-1] == (uninterrupted / "log.txt").read_text().splitlines()[-1]
+    assert "other settings (lr: 0.01 -> 0.5)" in run(*command(packed, uninterrupted, "--lr", "0.5", "--steps", "40"), ok=False)
+
+
+def test_the_log_proves_the_run(packed, uninterrupted):
+    log = (uninterrupted / "log.txt").read_text()
+    for source in ("train.py", "model.py", "muon.py", "data.py"):
+        assert (HERE / source).read_text() in log
+    assert PackedSet(packed).meta["data_sha256"] in log and torch.__version__ in log
+    lines = [line for line in log.splitlines() if line.startswith("step=")]
+    assert [line.split()[0] for line in lines] == ["step=0/40", "step=20/40", "step=40/40"]
+    for unit in ("meV/atom", "meV/A", "meV/A^3/atom", "train_s=", "gpu_h=", "structures/s", "GiB"):
+        assert all(unit in line for line in lines)
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--no-norm"], ["--optimizer", "adamw", "--no-norm"]])
+def test_the_papers_figure_2_by_flags(packed, tmp_path, flags):
+    said = run(*command(packed, tmp_path / "run", "--steps", "4", *flags))
+    assert "final step=4" in said
+    model = nequix.load(tmp_path / "run" / "model.pt")
+    assert model.config["norm"] == ("--no-norm" not in flags)
+
+
+def test_validate_prints_the_errors_of_weights(packed, uninterrupted):
+    said = run("train.py", "--validate", uninterrupted / "model.pt", "--data", packed, "--frames", "10", "--dtype", "float64")
+    assert "on 10 validation frames" in said
+    model, p = nequix.load(uninterrupted / "model.pt", dtype=torch.float64), PackedSet(packed)
+    frames = np.sort(np.random.RandomState(0).permutation(p.indices(data.VAL))[:10])
+    mae, _ = evaluate(model, p, frames, 1000)
+    assert f"energy MAE {mae[0]:.2f} meV/atom, force MAE {mae[1]:.2f} meV/A" in said
+
+
+@needs_shared
+def test_validate_released_weights_on_a_set_they_can_not_know(tmp_path):
+    frames = [labelled(bulk("Po", "sc", 3.3))] * 4
+    ase.io.write(tmp_path / "a.traj", frames)
+    run("data.py", "pack", tmp_path / "a.traj", "--out", tmp_path / "set", "--val", "0.5", "--workers", 1)
+    said = run("train.py", "--validate", SHARED / "weights/nequix-mp-1.nqx", "--data", tmp_path / "set", ok=False)
+    assert "error: " in said and "elements that the model lacks: atomic numbers [84]" in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, no traceback
+
+
+def test_bad_arguments_give_one_line(packed, tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "text.pt").write_text("words")
+    for arguments, words in {
+        ("--data", tmp_path / "none"): "no packed set",
+        ("--data", packed, "--batch", "0"): "--batch must be positive",
+        ("--data", packed, "--hidden", "8x1o"): "hidden irreps",
+        ("--data", packed, "--lmax", "7"): "lmax 7",
+        ("--data", packed, "--conv", "oeq", "--device", "cpu"): "--conv oeq does not work here",
+        ("--data", packed, "--out", tmp_path): "can't be read",
+        ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",
+        ("--data", packed, "--validate", tmp_path / "text.pt"): "neither a modded-nequix checkpoint nor",
+    }.items():
+        said = run("train.py", *arguments, ok=False)
+        assert said.startswith("error: ") and words in said and len(said.splitlines()) == 1, said
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_frames(packed, tmp_path):
+    """Step 1 after a leap of 1e200; the checkpoint of before stays."""
+    said = run(*command(packed, tmp_path / "run", "--steps", "30", "--lr", "1e200", "--save-every", "1"), ok=False)
+    line = said.splitlines()[-1]
+    assert line.startswith("error: the loss is not finite at step 1") and "the last good checkpoint is" in line
+    p = PackedSet(packed)
+    for i in data.step_indices(p.indices(data.TRAIN), 6, 3, 1):
+        assert p.name(i) in line
+    step, _ = weights(tmp_path / "run")
+    assert step == 1
