@@ -172,13 +172,13 @@ def make_batch(numbers, positions, cell, pbc, n_atoms, cutoff, **labels):
 class PackedSet:
     """A packed set, for training and validation.
 
-    resident: keep the arrays on `device` (MPtrj takes 1.5 GB); else they stay memory-mapped. Raises FileNotFoundError or
-    ValueError with a one-line reason if `path` is not a whole packed set.
+    The arrays stay memory-mapped; on CUDA they are copied to the device if they take less than a quarter of what is free
+    (MPtrj: 1.5 GB). Raises FileNotFoundError or ValueError with a one-line reason if `path` is not a whole packed set.
     """
 
     ARRAYS = "positions numbers forces cell pbc energy stress offsets ids split n_edges".split()
 
-    def __init__(self, path, cutoff=CUTOFF, device="cpu", resident=True):
+    def __init__(self, path, cutoff=CUTOFF, device="cpu"):
         self.path, self.cutoff, self.device = Path(path), cutoff, torch.device(device)
         if not (self.path / "meta.json").is_file():
             raise FileNotFoundError(f"no packed set at {path}: make one with `python data.py sample`, `mptrj` or `pack`")
@@ -197,7 +197,8 @@ class PackedSet:
         self.numbers = a["numbers"]
         keys = "numbers positions forces cell pbc energy stress".split()
         self.arrays = {k: torch.from_numpy(a[k]) for k in keys}
-        if resident and self.device.type != "cpu":
+        size = sum(v.nbytes for v in self.arrays.values())
+        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 4:
             self.arrays = {k: v.to(self.device) for k, v in self.arrays.items()}
         self.n_edges = np.array(a["n_edges"])
         if cutoff != self.meta["cutoff"]:
@@ -227,6 +228,7 @@ class PackedSet:
         return make_batch(*system, n_atoms, self.cutoff, **wanted)
 
     def count_edges(self):
+        """Edges of each structure within the cutoff, (S,)."""
         n_edges = np.zeros(len(self.n_atoms), np.int32)
         bar = tqdm(total=len(n_edges), desc=f"counting edges within {self.cutoff} A", unit="frame", disable=None)
         for part in micro_batches(np.arange(len(n_edges)), self.n_atoms, self.n_edges, 2000, np.inf):

@@ -82,6 +82,7 @@ class Args:
     frames: int = arg(0, "with --validate: so many frames only")
 
 
+BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
 FREE = {"out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames"}  # may change between resumptions
 
 
@@ -192,6 +193,15 @@ def make_optimizer(params, a):
         return Muon(params, lr=a.lr, weight_decay=a.weight_decay)
     groups = [dict(params=[p for p in params if p.ndim == n], weight_decay=w) for n, w in ((2, a.weight_decay), (1, 0.0))]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=a.lr)
+
+
+def trouble(losses):
+    """What is wrong with the last losses, or None."""
+    if not math.isfinite(losses[-1]):
+        return "is not finite"
+    if len(losses) >= 200 and min(losses[-100:]) > 10 * statistics.median(losses[:-100]):
+        return "has been over ten times its running median for 100 steps"
+    return None
 
 
 def save_state(path, **state):
@@ -314,7 +324,7 @@ def train(a, device, dtype, rank, ranks):
     max_edges = a.max_edges or default_max_edges(model, device)
     weights = a.energy_weight, a.force_weight, a.stress_weight
 
-    # Resume
+    # Resume. Nothing is drawn at random after the initial weights; the position in the data is the step.
     step, train_s, history, losses = 0, 0.0, [], deque(maxlen=1000)
     fixed = {k: v for k, v in asdict(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
     state_file, resumed = out / "state.pt", False
@@ -360,17 +370,17 @@ def train(a, device, dtype, rank, ranks):
 
     def validate():
         mae, base = evaluate(ema_model, packed, val_frames, max_edges, rank, ranks)
-        if step == 0:
-            log("E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom".format(*base))
-        seen, seconds = (step - history[-1][0], train_s - history[-1][2]) if history else (0, 0)
-        rate = seen * a.batch / seconds if seconds else 0
-        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+        text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
+        if history:
+            rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+            loss = statistics.fmean(list(losses)[history[-1][0] - step :])
+            text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_hours():.4f} rate={rate:.1f} structures/s"
+            text += f" memory={memory:.2f} GiB"
+        else:
+            log(BASELINE.format(*base))
         history.append([step, mae, train_s, base])
-        log(
-            f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom "
-            f"loss={statistics.fmean(list(losses)[-max(seen, 1) :]) if losses else math.nan:.3f} train_s={train_s:.1f} "
-            f"gpu_h={gpu_hours():.4f} rate={rate:.1f} structures/s memory={memory:.2f} GiB"
-        )
+        log(text)
 
     # The micro-batches of this rank, step by step from `first`
     def pieces_of(s):
@@ -380,18 +390,16 @@ def train(a, device, dtype, rank, ranks):
     def batches_from(first):
         return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s)))
 
-    def check(result, s):
-        """Stop on a loss that is not finite, or has exploded; no checkpoint is written after such a step."""
+    def check(result, done, s):
+        """Was a rank told to stop? Raises ValueError on a loss that is not finite, or has exploded: no checkpoint is
+        written after such a step."""
+        if done:
+            done.synchronize()
         loss = result[0].item()
         losses.append(loss)
-        median = statistics.median(losses)
-        high = list(losses)[-100:]
-        exploded = len(losses) > 200 and len(high) == 100 and min(high) > 10 * statistics.median(list(losses)[:-100])
-        if not math.isfinite(loss) or exploded:
+        if why := trouble(list(losses)):
             ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
-            why = "is not finite" if not math.isfinite(loss) else f"has been over ten times its median ({median:.3g}) for 100 steps"
             last = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
-            log(f"frames of step {s}: {ids}", screen=False)
             raise ValueError(f"the loss {why} at step {s} ({loss}); {last}; frames: {ids}")
         return result[1].item() > 0
 
@@ -402,8 +410,8 @@ def train(a, device, dtype, rank, ranks):
         told.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
     # Warm-up outside the clock: kernels are built, allocators filled, and the gradient thrown away.
     if step < total:
@@ -454,15 +462,13 @@ def train(a, device, dtype, rank, ranks):
         bar.update()
 
         validating, saving = step % eval_every == 0 or step == total, step % a.save_every == 0
-        if pending:
-            pending[1] and pending[1].synchronize()
-            stop = check(pending[0], step - 2)
-        pending = result, done
+        if pending is not None:
+            stop = check(*pending)
+        pending = result, done, step - 1
         if validating or saving or stop:  # the weights are kept: look at the last loss first
-            sync()
-            stop = check(result, step - 1) or stop
-            pending = None
+            stop, pending = check(*pending) or stop, None
         if validating:
+            sync()
             train_s += time.perf_counter() - start
             validate()
             if rank == 0:
@@ -481,7 +487,7 @@ def train(a, device, dtype, rank, ranks):
     _, mae, _, base = history[-1]
     if rank == 0:
         draw_curve(out / "curve.png", history, base)
-        log("E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom".format(*base))
+        log(BASELINE.format(*base))
     log(
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
         f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_hours():.5f}"
@@ -517,6 +523,8 @@ def main():
             train(a, device, dtype, rank, ranks)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}" if rank == 0 else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
