@@ -318,7 +318,7 @@ def prefetch(packed, pieces):
     if packed.device.type != "cuda":
         yield from map(packed.batch, pieces)
         return
-    ready, room, side = queue.Queue(), threading.Semaphore(2), torch.cuda.Stream(packed.device)
+    ready, room, side = queue.Queue(), threading.Semaphore(2), torch.cuda.Stream(packed.device, priority=-1)
     wanted = True
 
     def build():
