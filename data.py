@@ -108,6 +108,7 @@ def neighbor_list(positions, cell, pbc, n_atoms, cutoff):
 
     span = 2 * reach + 1
     n_visits = span.prod(1)[structure]  # bins that an atom looks through
+    inside = pos - shift_vectors(wrap, cell, structure)
     out = []
     for block in torch.arange(n, device=device).split(50_000):  # bounds the memory of the candidates
         atom, visit = ragged(block, n_visits[block])
@@ -118,15 +119,27 @@ def neighbor_list(positions, cell, pbc, n_atoms, cutoff):
         target = flat(target - image * bins[s], s)
         keep = ((image == 0) | pbc[s]).all(1) & (count[target] > 0)
         atom, image, target = atom[keep], image[keep], target[keep]
+        origin = shift_vectors(image, cell, structure[atom]) - inside[atom]
 
+        # Candidates: first those near enough to rounding, a coordinate at a time; then the edges.
         pair, k = ragged(torch.arange(len(atom), device=device), count[target])
-        i, j = atom[pair], atoms_by_bin[start[target[pair]] + k]
+        j = atoms_by_bin[start[target][pair] + k]
+        square = sum((x[j] + o[pair]).square() for x, o in zip(inside.T.contiguous(), origin.T.contiguous()))
+        near = square < (cutoff + 1e-6) ** 2
+        pair, j = pair[near], j[near]
+        i = atom[pair]
         shift = image[pair] - wrap[j] + wrap[i]
-        vector = pos[j] - pos[i] + (shift[:, :, None] * cell[structure[i]]).sum(1)
+        vector = pos[j] - pos[i] + shift_vectors(shift, cell, structure[i])
         keep = vector.square().sum(1) < cutoff**2
         keep &= (i != j) | (shift != 0).any(1)
         out.append((j[keep], i[keep], shift[keep], vector[keep]))
     return tuple(torch.cat(x) for x in zip(*out))
+
+
+def shift_vectors(shifts, cell, structure):
+    """shifts (E, 3) @ cell (S, 3, 3) of each edge's structure (E,)."""
+    a, b, c = shifts.to(cell).unsqueeze(2).unbind(1)
+    return a * cell[structure, 0] + b * cell[structure, 1] + c * cell[structure, 2]
 
 
 def ragged(values, counts):
@@ -231,7 +244,7 @@ class PackedSet:
         """Edges of each structure within the cutoff, (S,)."""
         n_edges = np.zeros(len(self.n_atoms), np.int32)
         bar = tqdm(total=len(n_edges), desc=f"counting edges within {self.cutoff} A", unit="frame", disable=None)
-        for part in micro_batches(np.arange(len(n_edges)), self.n_atoms, self.n_edges, 2000, np.inf):
+        for part in micro_batches(np.arange(len(n_edges)), self.n_atoms, self.n_edges, 500, np.inf):
             b = self.batch(part, labels=False)
             n_edges[part] = torch.bincount(b.structure[b.receivers], minlength=len(part)).cpu().numpy()
             bar.update(len(part))
@@ -420,7 +433,7 @@ def pack_job(job, max_force, need_stress):
         except ValueError as e:
             problems.append((name, str(e)))
     good, sizes = [], [len(f["numbers"]) for _, f in frames]
-    for part in micro_batches(range(len(frames)), sizes, sizes, 2000, np.inf):
+    for part in micro_batches(range(len(frames)), sizes, sizes, 500, np.inf):
         arrays = [frames[i][1] for i in part]
         a = {k: np.concatenate([f[k] for f in arrays]) for k in ("numbers", "positions", "cell", "pbc")}
         n_atoms = torch.tensor([sizes[i] for i in part])
