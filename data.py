@@ -26,6 +26,7 @@ import tempfile
 import threading
 import urllib.request
 import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -198,10 +199,12 @@ class PackedSet:
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
             a = {k: np.load(self.path / f"{k}.npy", mmap_mode="c") for k in self.ARRAYS}
-        except (OSError, ValueError, EOFError) as e:
+            lengths = dict.fromkeys(self.ARRAYS, len(a["offsets"]) - 1) | dict(offsets=len(a["offsets"]))
+            lengths |= dict.fromkeys(("positions", "numbers", "forces"), a["offsets"][-1])
+            if any(len(a[k]) != n for k, n in lengths.items()) or not {"cutoff", "data_sha256"} <= self.meta.keys():
+                raise ValueError("its parts disagree")
+        except (OSError, ValueError, EOFError, IndexError) as e:
             raise ValueError(f"the packed set at {path} is damaged ({e}): pack it again") from None
-        if len(a["positions"]) != a["offsets"][-1] or len(a["energy"]) != len(a["offsets"]) - 1:
-            raise ValueError(f"the packed set at {path} is damaged (its arrays disagree): pack it again")
         self.offsets, self.ids, self.split = np.array(a["offsets"]), a["ids"], np.array(a["split"])
         self.n_atoms = np.diff(self.offsets)
         self.has_energy = np.isfinite(a["energy"])
@@ -383,12 +386,14 @@ def frame_arrays(atoms, name, max_force, need_stress):
         stress = np.full((3, 3), np.nan)
     elif np.shape(stress) == (6,):
         stress = np.asarray(stress)[[[0, 5, 4], [5, 1, 3], [4, 3, 2]]]  # Voigt
+    shapes = dict(energy=(), forces=(len(atoms), 3), stress=(3, 3))
     for label, what in ((energy, "energy"), (forces, "forces"), (stress, "stress")):
         if label is None:
             raise ValueError(f"no {what}" + " (--no-stress accepts that)" * (what == "stress"))
-        if what != "stress" or atoms.pbc.all() and need_stress:
-            if not np.isfinite(label).all():
-                raise ValueError(f"{what} not finite")
+        if np.shape(label) != shapes[what] or np.asarray(label).dtype.kind not in "fiu":
+            raise ValueError(f"{what} is not numbers of shape {shapes[what]}")
+        if (what != "stress" or atoms.pbc.all() and need_stress) and not np.isfinite(label).all():
+            raise ValueError(f"{what} not finite")
     if (largest := np.linalg.norm(forces, axis=1).max()) > max_force:
         raise ValueError(f"a force of {largest:.1f} eV/A (--max-force {max_force:g})")
 
@@ -410,7 +415,9 @@ def read_job(job):
 
     for name, content in job:
         try:
-            if isinstance(content, str):
+            if isinstance(content, ValueError):
+                yield name, str(content)
+            elif isinstance(content, str):
                 yield name, ase.io.read(io.StringIO(content), format="extxyz")
             else:
                 with tempfile.TemporaryDirectory() as folder:
@@ -425,11 +432,11 @@ def pack_job(job, max_force, need_stress):
     """The arrays of the good frames of a job, in one, and (name, what is wrong) of the others."""
     torch.set_num_threads(1)
     frames, problems = [], []
-    for name, atoms in read_job(job):
+    for k, (name, atoms) in enumerate(read_job(job)):
         try:
             if isinstance(atoms, str):
                 raise ValueError(atoms)
-            frames.append((name, frame_arrays(atoms, name, max_force, need_stress)))
+            frames.append((name, frame_arrays(atoms, name, max_force, need_stress) | dict(order=np.array([k]))))
         except ValueError as e:
             problems.append((name, str(e)))
     good, sizes = [], [len(f["numbers"]) for _, f in frames]
@@ -451,7 +458,7 @@ def pack_job(job, max_force, need_stress):
 
 def read_frames(files):
     """Yield (name, content, share read) of the frames in files and zips: the text of each extxyz frame, in order of file
-    names; of other formats the whole file. Raises ValueError or OSError with the file and frame."""
+    names; of other formats the whole file; a ValueError in its place where an extxyz file breaks off. Raises OSError."""
     members = []  # (name, how to open it, size)
     for path in map(Path, files):
         if not path.is_file():
@@ -465,34 +472,38 @@ def read_frames(files):
                 members.append((f"{path.name}:{m.filename}", functools.partial(archive.open, m), m.file_size))
     done, total = 0, max(sum(size for *_, size in members), 1)
     for name, open_member, size in members:
-        with open_member() as f:
-            if not name.endswith(("xyz", "XYZ")):
-                yield name, f.read(), done / total
-            else:
-                text = io.TextIOWrapper(f, "utf-8")
-                for k in itertools.count():  # a line with the number of atoms, a comment, a line an atom
-                    first = text.readline()
+        k = 0
+        try:
+            with open_member() as f:
+                if not name.endswith(("xyz", "XYZ")):
+                    yield name, f.read(), done / total
+                    f = []
+                text = io.TextIOWrapper(f, "utf-8") if f else f
+                for first in text:  # a line with the number of atoms, a comment, a line an atom
                     if not first.strip():
-                        break
+                        continue
                     if not first.strip().isdigit():
-                        raise ValueError(f"{name}, frame {k}: expected a number of atoms, not {first.strip()[:40]!r}")
+                        raise ValueError(f"expected a number of atoms, not {first.strip()[:40]!r}; the rest is not read")
                     lines = list(itertools.islice(text, int(first) + 1))
                     if len(lines) <= int(first):
-                        raise ValueError(f"{name}, frame {k}: the file ends in the middle of it")
+                        raise ValueError("the file ends in the middle of it")
                     yield f"{name}#{k}", first + "".join(lines), done / total
+                    k += 1
+        except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:  # a damaged zip, not UTF-8
+            yield f"{name}#{k}", ValueError(str(e)), done / total
         done += size
 
 
 def pack(files, out, source, split, bad="fail", max_force=np.inf, need_stress=True, unique=False, workers=None):
     """Parse files in parallel, check every frame, write a packed set.
 
-    split(arrays) -> (S,) split of each frame; bad: "skip" frames with problems, or "fail" after naming them; unique: drop
+    split(arrays, n) -> (S,) split of each frame, out of n read ("order" says which); bad: "skip" frames with problems, or "fail" after naming them; unique: drop
     frames whose numbers, positions and cell occurred before. Raises ValueError or OSError with a one-line reason.
     """
     out, workers = Path(out), workers or os.cpu_count()
     if out.exists():
         raise ValueError(f"{out} exists: remove it or choose another --out")
-    parts, problems, futures, frames = [], [], deque(), read_frames(files)
+    parts, problems, n_read, futures, frames = [], [], 0, deque(), read_frames(files)
     work = functools.partial(pack_job, max_force=max_force, need_stress=need_stress)
     with (
         tqdm(desc=f"packing {out}", unit="frame", disable=None) as bar,
@@ -505,9 +516,13 @@ def pack(files, out, source, split, bad="fail", max_force=np.inf, need_stress=Tr
                     bar.set_postfix_str(f"{job[-1][2]:.0%} of the files")
                 while futures and (len(futures) > 4 * workers or not job):
                     arrays, wrong = futures.popleft().result()
-                    parts += [arrays] if arrays else []
+                    if arrays:
+                        arrays["order"] += n_read
+                        parts.append(arrays)
                     problems += wrong
-                    bar.update((len(arrays["sizes"]) if arrays else 0) + len(wrong))
+                    n = (len(arrays["sizes"]) if arrays else 0) + len(wrong)
+                    n_read += n
+                    bar.update(n)
         except BrokenProcessPool:
             raise ValueError("a worker process died (out of memory?): try --workers 1") from None
         finally:
@@ -533,7 +548,7 @@ def pack(files, out, source, split, bad="fail", max_force=np.inf, need_stress=Tr
     atoms = np.repeat(keep, a["sizes"])
     a = {k: v[atoms if k in ("positions", "numbers", "forces") else keep] for k, v in a.items()}
     a["offsets"] = np.cumsum(np.append(0, a["sizes"]))
-    a["split"] = split(a).astype(np.uint8)
+    a["split"] = split(a, n_read).astype(np.uint8)
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
     counts |= dict(skipped=len(problems), duplicates=int((~keep).sum()), atoms=len(a["numbers"]))
     hashes = {Path(f).name: digest(f, "sha256") for f in files}
@@ -571,12 +586,14 @@ def digest(path, kind):
 
 
 def split_by(kind, fraction):
-    """The official split, by frame: the last `fraction` of RandomState(42).permutation(n); or likewise by material."""
+    """The official split, by frame: the last `fraction` of RandomState(42).permutation(n), n counting the frames that were
+    skipped, so that these move no other; or likewise by material."""
 
-    def split(a):
-        _, group = np.unique(a["materials"], return_inverse=True)
-        group = np.arange(len(group)) if kind == "frame" else group
-        order = np.random.RandomState(42).permutation(group.max() + 1)
+    def split(a, n):
+        names, group = np.unique(a["materials"], return_inverse=True)
+        if kind == "frame":
+            names, group = range(n), a["order"]
+        order = np.random.RandomState(42).permutation(len(names))
         return np.where(np.isin(group, order[int(len(order) * (1 - fraction)) :]), VAL, TRAIN)
 
     return split
@@ -592,7 +609,7 @@ MPTRJ = {  # figshare file: name, frames, md5 where it is known
 }
 
 
-def split_sample(a):
+def split_sample(a, n):
     """Validation and test: frames of mptrj-random-1k, by a hash of the mp-id. Frames of their materials elsewhere, and
     those with a force above 20 eV/A, are excluded: what is left to train on shares no mp-id with either."""
     draw = {m: int(hashlib.sha256(m).hexdigest(), 16) % 1000 for m in set(a["materials"])}
@@ -646,16 +663,19 @@ def download(url, path):
                 if reply.status == 202:
                     raise OSError(f"{url} answers 202 (busy): try again later, or fetch it with a browser")
                 have = have if reply.status == 206 else 0  # 200: no ranges here, from the start
-                total = have + int(reply.headers["Content-Length"])
+                total = have + int(reply.headers.get("Content-Length") or 0)
                 bar = tqdm(total=total, initial=have, desc=Path(path).name, unit="B", unit_scale=True, disable=None)
                 with bar, open(part, "ab" if have else "wb") as f:
                     while chunk := reply.read(1 << 20):
                         f.write(chunk)
                         bar.update(len(chunk))
-            if part.stat().st_size == total:
+            if part.stat().st_size >= total:
                 os.replace(part, path)
                 return
         except urllib.error.URLError as e:
+            if getattr(e, "code", None) == 416 and have:  # nothing is left to fetch
+                os.replace(part, path)
+                return
             raise OSError(f"cannot fetch {url} ({e}): fetch it elsewhere and pass it with --zip") from None
         except (TimeoutError, ConnectionError):
             continue  # go on from where it broke off

@@ -221,16 +221,35 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
     assert "11 skipped" in said and len(data.PackedSet(tmp_path / "set").n_atoms) == 2
 
 
+def test_what_breaks_off_is_skipped_and_moves_no_other_frame(tmp_path):
+    """A blank line, a label of words, a cut last frame: the others stay on their side of the split of all 42."""
+    frame = "1\nenergy={} pbc=F frame_id=f-{} Properties=species:S:1:pos:R:3:forces:R:3\nSi 0 0 0 0 0 0\n"
+    text = "".join(frame.format("N/A" if k == 3 else -k, k) + "\n" * (k == 7) for k in range(41))
+    (tmp_path / "a.extxyz").write_text(text + "3\nenergy=1\nSi 0 0 0\n")
+    said = run("data.py", "pack", tmp_path / "a.extxyz", "--out", tmp_path / "set", "--bad", "skip", "--workers", 1)
+    assert "skipped: a.extxyz#3: energy is not numbers" in said and "a.extxyz#41: the file ends in the middle" in said
+    p = data.PackedSet(tmp_path / "set")
+    assert len(p.n_atoms) == 40
+    official = {f"f-{k}" for k in np.random.RandomState(42).permutation(42)[39:]} - {"f-3", "f-41"}
+    assert {p.name(i) for i in p.indices(data.VAL)} == official and official
+
+
 def test_bad_files_give_one_line(tmp_path):
     (tmp_path / "empty.extxyz").touch()
     (tmp_path / "text.extxyz").write_text("hello\n")
-    (tmp_path / "cut.extxyz").write_text("3\nenergy=1\nSi 0 0 0\n")
+    (tmp_path / "latin.extxyz").write_bytes(b"1\nname=\xe9\nSi 0 0 0\n")
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a.extxyz", "1\nenergy=1\nSi 0 0 0\n" * 500)
+    whole = bytearray((tmp_path / "damaged.zip").read_bytes())
+    whole[60:80] = b"x" * 20
+    (tmp_path / "damaged.zip").write_bytes(whole)
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
     for name, words in {
         "none.extxyz": "no file",
         "empty.extxyz": "no usable frame",
-        "text.extxyz": "expected a number of atoms",
-        "cut.extxyz": "ends in the middle",
+        "text.extxyz": "frames are unusable",
+        "latin.extxyz": "frames are unusable",
+        "damaged.zip": "frames are unusable",
     }.items():
         said = run("data.py", "pack", tmp_path / name, "--out", tmp_path / "set", "--workers", 1, ok=False)
         assert "error: " in said and words in said
@@ -244,6 +263,10 @@ def test_damaged_set_is_told(packed, tmp_path):
     with open(tmp_path / "set" / "forces.npy", "r+b") as f:
         f.truncate(200)
     with pytest.raises(ValueError, match="damaged"):
+        data.PackedSet(tmp_path / "set")
+    shutil.copy(packed / "forces.npy", tmp_path / "set")
+    np.save(tmp_path / "set" / "stress.npy", np.zeros((2, 3, 3)))
+    with pytest.raises(ValueError, match="parts disagree"):
         data.PackedSet(tmp_path / "set")
 
 
@@ -264,7 +287,7 @@ def test_sample_split():
     files = rng.choice([b"mptrj-random-1k.xyz", b"mptrj-highest-stress-1k.xyz"], n)
     forces = rng.normal(size=(2 * n, 3)) * rng.choice([1, 12], (2 * n, 1), p=[0.95, 0.05])
     arrays = dict(materials=materials, files=files, forces=forces, offsets=np.arange(0, 2 * n + 1, 2))
-    split = data.split_sample(arrays)
+    split = data.split_sample(arrays, n)
     sides = [set(materials[split == k]) for k in (data.TRAIN, data.VAL, data.TEST)]
     assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     largest = np.linalg.norm(forces, axis=1).reshape(n, 2).max(1)

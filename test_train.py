@@ -1,5 +1,6 @@
 """The training loop: one process against two, killed against uninterrupted, the loss against a naive loop, bad input."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_a_loss_that_explodes_is_told():
 def test_two_processes_take_the_steps_of_one(packed, tmp_path):
     steps = "--steps", "5", "--max-edges", "300"
     run(*command(packed, tmp_path / "one", *steps))
-    torchrun = "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"
+    torchrun = "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"
     said = run(*torchrun, *command(packed, tmp_path / "two", *steps))
     assert "2 rank(s)" in said
     (step, one), (_, two) = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -190,6 +191,8 @@ def test_bad_arguments_give_one_line(packed, tmp_path):
     for arguments, words in {
         ("--data", tmp_path / "none"): "no packed set",
         ("--data", packed, "--batch", "0"): "--batch must be positive",
+        ("--data", packed, "--lr", "nan"): "--lr must be positive",
+        ("--data", packed, "--steps", "-1"): "--steps must not be negative",
         ("--data", packed, "--hidden", "8x1o"): "hidden irreps",
         ("--data", packed, "--lmax", "7"): "lmax 7",
         ("--data", packed, "--conv", "oeq", "--device", "cpu"): "--conv oeq does not work here",
@@ -202,12 +205,36 @@ def test_bad_arguments_give_one_line(packed, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_frames(packed, tmp_path):
-    """Step 1 after a leap of 1e200; the checkpoint of before stays."""
-    said = run(*command(packed, tmp_path / "run", "--steps", "30", "--lr", "1e200", "--save-every", "1"), ok=False)
+    """A run whose fifth checkpoint is poisoned: the weights of step 5 never come to be the ones to go on from."""
+    flags = "--steps", "30", "--save-every", "1", "--eval-every", "30"
+    script = (
+        "import sys, torch, muon, train; sys.argv = sys.argv[1:]; step = muon.Muon.step\n"
+        "def leap(self):\n"
+        "    step(self)\n"
+        "    if self.param_groups[0]['t'] == 5:\n"
+        "        self.param_groups[0]['params'][0].data.mul_(1e300)\n"
+        "muon.Muon.step = leap; train.main()"
+    )
+    said = run("-c", script, *command(packed, tmp_path / "run", *flags), ok=False)
     line = said.splitlines()[-1]
-    assert line.startswith("error: the loss is not finite at step 1") and "the last good checkpoint is" in line
+    assert line.startswith("error: the loss is not finite at step 5") and "the last good checkpoint is" in line
     p = PackedSet(packed)
-    for i in data.step_indices(p.indices(data.TRAIN), 6, 3, 1):
+    for i in data.step_indices(p.indices(data.TRAIN), 6, 3, 5):
         assert p.name(i) in line
-    step, _ = weights(tmp_path / "run")
-    assert step == 1
+    step, values = weights(tmp_path / "run")
+    assert step == 4 and values.abs().max() < 100
+    assert "final step=30" in run(*command(packed, tmp_path / "run", *flags))  # and it goes on from there
+
+
+def test_a_signal_to_every_process_of_torchrun_saves(packed, tmp_path):
+    """As a batch system does it: the workers get it twice, from it and from torchrun."""
+    arguments = command(packed, tmp_path / "run", "--steps", "3000", "--eval-every", "1000", "--save-every", "5")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    process = subprocess.Popen([*torchrun, *map(str, arguments)], cwd=HERE, start_new_session=True, stderr=subprocess.PIPE)
+    state = tmp_path / "run" / "state.pt"
+    while not state.exists():
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert f"stopped at step {weights(tmp_path / 'run')[0]} of 3000" in (tmp_path / "run" / "log.txt").read_text()

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -73,7 +74,7 @@ class Args:
     # how it runs; none of these changes the result but by rounding
     tf32: bool = arg(False, "TensorFloat32 for dense products on CUDA")
     conv: str = arg("auto", "convolution", choices=["auto", "torch", "oeq"])
-    device: str = arg("", "cpu or cuda (default: cuda if there is one)")
+    device: str = arg("", "where (default: cuda if there is one)", choices=["cpu", "cuda"])
     max_edges: int = arg(0, "edges in a micro-batch (default: from the free memory)")
     eval_every: int = arg(0, "steps between validations (default: one an epoch, at least 10 in all)")
     save_every: int = arg(200, "steps between checkpoints")
@@ -83,7 +84,7 @@ class Args:
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
-FREE = {"out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames"}  # may change between resumptions
+FREE = {"data", "out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames"}  # may change between resumptions
 
 
 def parse_args(argv=None):
@@ -95,9 +96,12 @@ def parse_args(argv=None):
             help["help"] += f" (default: {f.default})"
         p.add_argument("--" + f.name.replace("_", "-"), **kind, **help)
     a = Args(**vars(p.parse_args(argv)))
-    for name in "batch lr layers cutoff n_basis radial_size epochs save_every".split():
-        if getattr(a, name) <= 0:
+    for name in "batch lr layers cutoff n_basis radial_size radial_layers epochs save_every".split():
+        if not getattr(a, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
+    for name in "steps max_edges eval_every frames seed weight_decay warmup_epochs".split():
+        if not getattr(a, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(a, name)}")
     return a
 
 
@@ -234,7 +238,7 @@ def run_header(a, packed, device, ranks, model):
     sources = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py muon.py data.py".split())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     smi = ""
-    if device.type == "cuda":
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     return (
         f"{sources}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}"
@@ -325,9 +329,13 @@ def train(a, device, dtype, rank, ranks):
     weights = a.energy_weight, a.force_weight, a.stress_weight
 
     # Resume. Nothing is drawn at random after the initial weights; the position in the data is the step.
-    step, train_s, history, losses = 0, 0.0, [], deque(maxlen=1000)
+    step, train_s, gpu_h, history, losses = 0, 0.0, 0.0, [], deque(maxlen=1000)
     fixed = {k: v for k, v in asdict(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
-    state_file, resumed = out / "state.pt", False
+    state_file, previous_file, resumed = out / "state.pt", out / "state.previous.pt", False
+    if previous_file.exists() and not state_file.exists() and rank == 0:  # killed between the two renames of save()
+        os.replace(previous_file, state_file)
+    if ranks > 1:
+        dist.barrier()
     if state_file.exists():
         try:
             state = torch.load(state_file, map_location=device, weights_only=True)
@@ -339,7 +347,8 @@ def train(a, device, dtype, rank, ranks):
         model.load_state_dict(state["model"])
         ema_model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        step, train_s, history, resumed = state["step"], state["train_s"], state["history"], True
+        step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
+        resumed = True
         losses.extend(state["losses"])
     out.mkdir(parents=True, exist_ok=True)
 
@@ -351,21 +360,30 @@ def train(a, device, dtype, rank, ranks):
                 tqdm.write(text, file=sys.stdout)
 
     def save():
-        if rank == 0:
-            optim, numbers = optimizer.state_dict(), dict(step=step, train_s=train_s, history=history, losses=list(losses))
-            save_state(state_file, fixed=fixed, model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optim, **numbers)
+        suspect = len(losses) >= 200 and losses[-1] > 10 * statistics.median(losses)
+        if rank == 0 and not suspect:
+            numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=list(losses))
+            parts = dict(model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict())
+            if state_file.exists():
+                os.replace(state_file, previous_file)
+            save_state(state_file, fixed=fixed, **parts, **numbers)
 
-    def gpu_hours():
-        return train_s * ranks / 3600 if device.type == "cuda" else 0.0
+    def stop_clock():
+        """Book the time since `start`, and start anew."""
+        nonlocal train_s, gpu_h, start
+        sync()
+        now = time.perf_counter()
+        train_s, gpu_h = train_s + now - start, gpu_h + (now - start) * ranks / 3600 * (device.type == "cuda")
+        start = now
 
     def sync():
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    log(run_header(a, packed, device, ranks, model), screen=False)
     if resumed:
         log(f"resumed at step {step} of {total}")
     else:
-        log(run_header(a, packed, device, ranks, model), screen=False)
         log(f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)")
 
     def validate():
@@ -375,7 +393,7 @@ def train(a, device, dtype, rank, ranks):
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
             loss = statistics.fmean(list(losses)[history[-1][0] - step :])
-            text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_hours():.4f} rate={rate:.1f} structures/s"
+            text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_h:.4f} rate={rate:.1f} structures/s"
             text += f" memory={memory:.2f} GiB"
         else:
             log(BASELINE.format(*base))
@@ -395,30 +413,35 @@ def train(a, device, dtype, rank, ranks):
         written after such a step."""
         if done:
             done.synchronize()
-        loss = result[0].item()
-        losses.append(loss)
+        loss, asked, norm = result.tolist()
+        losses.append(loss if math.isfinite(norm) else math.nan)
         if why := trouble(list(losses)):
+            saved = torch.load(state_file, map_location="cpu", weights_only=True)["step"] if state_file.exists() else -1
+            if saved >= s and rank == 0:  # the weights of this loss: back to those before
+                os.replace(previous_file, state_file) if previous_file.exists() else state_file.unlink()
             ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
             last = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
             raise ValueError(f"the loss {why} at step {s} ({loss}); {last}; frames: {ids}")
-        return result[1].item() > 0
+        return asked > 0
 
-    # Ctrl-C and SIGTERM finish the step, save, and leave; a second one leaves at once.
+    # Ctrl-C and SIGTERM finish the step, save, and leave; another one five seconds later leaves at once. (torchrun passes
+    # on what its workers may have got already.)
     told = []
 
     def on_signal(number, frame):
-        told.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if told and time.monotonic() - told[0][1] > 5:
+            raise KeyboardInterrupt
+        told.append((number, time.monotonic()))
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
-    # Warm-up outside the clock: kernels are built, allocators filled, and the gradient thrown away.
+    # Warm-up outside the clock: kernels are built, and the gradient thrown away.
     if step < total:
         first = micro_batches(step_indices(train_frames, a.batch, a.seed, step)[:2], packed.n_atoms, packed.n_edges, 1e9, 1e9)
         batch_loss(model, packed.batch(first[0]), weights, (1, 1, 1)).backward(inputs=params)
         flat.zero_()
-    if not history or history[-1][0] != step:
+    if not history:
         validate()
 
     bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
@@ -427,31 +450,34 @@ def train(a, device, dtype, rank, ranks):
     start = time.perf_counter()
     while step < total and not stop:
         counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
+        fits = True
         try:
             for _ in pieces_of(step):
                 loss = batch_loss(model, next(batches), weights, counts)
                 loss.backward(inputs=params)
                 flat[-2] += loss.detach()
         except torch.cuda.OutOfMemoryError:
-            loss = None
+            fits = False
+        if not fits:  # outside the handler, which holds on to the failed graph: the step again, in smaller pieces
+            loss, max_edges = None, max_edges // 2
             flat.zero_()
             torch.cuda.empty_cache()
-            max_edges //= 2
             if max_edges < 1000:
-                raise
+                raise ValueError("out of GPU memory even with micro-batches of 2000 edges: a smaller model?")
             log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
             batches = batches_from(step)
             continue
         flat[-1] = len(told)
         if ranks > 1:
             dist.all_reduce(flat)
-        result = flat[-2:].to("cpu", non_blocking=True, copy=True)  # read one step late, so that the GPU need not wait for it
+        grad = flat[:-2]
+        norm = torch.linalg.vector_norm(grad)
+        # Read one step late, so that the GPU need not wait for it.
+        result = torch.cat([flat[-2:], norm[None]]).to("cpu", non_blocking=True)
         done = torch.cuda.Event() if device.type == "cuda" else None
         if done:
             done.record()
-
-        grad = flat[:-2]
-        grad *= (a.grad_clip / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1)
+        grad *= (a.grad_clip / (norm + 1e-6)).clamp(max=1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, a.warmup_epochs * steps_per_epoch, a.lr)
         optimizer.step()
@@ -468,21 +494,21 @@ def train(a, device, dtype, rank, ranks):
         if validating or saving or stop:  # the weights are kept: look at the last loss first
             stop, pending = check(*pending) or stop, None
         if validating:
-            sync()
-            train_s += time.perf_counter() - start
+            stop_clock()
             validate()
             if rank == 0:
                 nequix.save(out / "model.pt", ema_model)
             sync()
             start = time.perf_counter()
         if validating or saving or stop:
-            now = time.perf_counter()
-            train_s, start = train_s + now - start, now
+            stop_clock()
             save()
     bar.close()
     if stop and step < total:
         log(f"stopped at step {step} of {total} and saved to {state_file}; the same command goes on")
-        sys.exit(128 + (told[0] if told else signal.SIGTERM))
+        if ranks > 1:
+            dist.barrier()  # torchrun ends the others when one leaves: not before the checkpoint is written
+        sys.exit(128 + (told[0][0] if told else signal.SIGTERM))
 
     _, mae, _, base = history[-1]
     if rank == 0:
@@ -490,7 +516,7 @@ def train(a, device, dtype, rank, ranks):
         log(BASELINE.format(*base))
     log(
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
-        f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_hours():.5f}"
+        f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_h:.5f}"
     )
 
 
@@ -504,6 +530,8 @@ def main():
             if not torch.cuda.is_available():
                 raise ValueError("--device cuda: torch sees no CUDA device")
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if device.index >= torch.cuda.device_count():
+                raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(device)
         if ranks > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -518,11 +546,12 @@ def main():
                 print(f"data: {a.data}")
         dtype = getattr(torch, a.dtype)
         if a.validate:
-            validate_weights(a, device, dtype)
+            if rank == 0:
+                validate_weights(a, device, dtype)
         else:
             train(a, device, dtype, rank, ranks)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}" if rank == 0 else 1)
+        sys.exit(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
