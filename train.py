@@ -416,9 +416,10 @@ def train(a, device, dtype, rank, ranks):
         loss, asked, norm = result.tolist()
         losses.append(loss if math.isfinite(norm) else math.nan)
         if why := trouble(list(losses)):
-            saved = torch.load(state_file, map_location="cpu", weights_only=True)["step"] if state_file.exists() else -1
-            if saved >= s and rank == 0:  # the weights of this loss: back to those before
-                os.replace(previous_file, state_file) if previous_file.exists() else state_file.unlink()
+            if rank == 0 and state_file.exists():
+                if torch.load(state_file, map_location="cpu", weights_only=True)["step"] >= s:
+                    # These are the weights of this loss: back to those before.
+                    os.replace(previous_file, state_file) if previous_file.exists() else state_file.unlink()
             ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
             last = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
             raise ValueError(f"the loss {why} at step {s} ({loss}); {last}; frames: {ids}")
