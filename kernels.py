@@ -1,0 +1,675 @@
+"""The convolution of NequIP-class networks as fused CUDA kernels, compiled at run time by the NVRTC that comes with torch.
+
+    out[i] = sum over edges e with receiver i of  (hidden_e w3) * CG(x[sender_e], sh_e)
+
+What it is. For a path (l1, l2 -> l3) and a channel u the message of an edge is bilinear in the sender's features and the
+harmonics, times one weight W_u = sum_k hidden_k w3_ku. With the (2l1+1, 2l3+1) matrix of the edge
+
+    M = sum over m2 of CG[:, m2, :] sh[m2]                (the same for all channels)
+
+it is  W_u x_u^T M,  and everything else follows from  f = W x^T M g  (g: gradient at the output):
+
+    df/dx = W M g        df/dW = x^T M g        df/dM = W x g^T
+
+The per-edge weights are never in memory: a warp takes 16 edges and 8 channels, forms their W for all paths on the tensor
+cores (hidden from L1, w3 in shared memory), and the result's layout is the work plan: a thread holds W for edges g, g+8
+and channels 2q, 2q+1 (g = lane / 4, q = lane % 4) and does the algebra above in registers, unrolled by the generator
+below. Edges are sorted by receiver: sums over the edges of a node stay in registers until the node is done.
+
+Training on forces needs no double backward. With tangents (xd, shd, hiddend) along a displacement of the atoms, the
+tangent of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
+
+Kernels: `forward`, `tangent`, `backward` (of forward, or of both), `weight_grad`. Modes: exact=True splits operands into
+three TF32 products (float32 accuracy); exact=False is TF32.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+NVRTC = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
+WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
+
+PRELUDE = r"""
+typedef long long i64;
+#define DEV __device__ __forceinline__
+#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+
+DEV float tf32(float x) { unsigned r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x)); return __uint_as_float(r); }
+
+// d (16 x 8) += a (16 x 8) b (8 x 8).  Thread (g, q): a = rows g, g+8 of column q, then of column q+4; b = rows q, q+4 of
+// column g; d = columns 2q, 2q+1 of row g, then of row g+8. Which of the columns of a (rows of b) is called q is free: we
+// use that to load vectors, and to pass a d on as the next a.
+DEV void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// The same of float32 operands: rounded to TF32, or split in a high and a low part.
+DEV void product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  float ah[4], bh[2];
+  EACH(i, 4) ah[i] = tf32(a[i]);
+  EACH(i, 2) bh[i] = tf32(b[i]);
+#if EXACT
+  float al[4], bl[2];
+  EACH(i, 4) al[i] = tf32(a[i] - ah[i]);
+  EACH(i, 2) bl[i] = tf32(b[i] - bh[i]);
+  mma(d, al, bh);
+  mma(d, ah, bl);
+#endif
+  mma(d, ah, bh);
+}
+
+// A thread's two channels: one 8-byte access where rows are even, else two, the second clamped to the row.
+struct Pair { float v[2]; };
+DEV Pair load2(const float* p, int second) {
+#if EVEN
+  float2 f = __ldg((const float2*)p);
+  return {f.x, f.y};
+#else
+  return {__ldg(p), __ldg(p + second)};
+#endif
+}
+DEV void add2(float* p, float a, float b, bool two) {
+#if EVEN
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b) : "memory");
+#else
+  atomicAdd(p, a);
+  if (two) atomicAdd(p + 1, b);
+#endif
+}
+
+// w3's columns of one octet of channels and one path lie in shared memory as 8 columns, 8 floats of padding every 4 rows.
+#define PLANE (10 * K)
+#define ROW(k) ((k) * 8 + ((k) / 4) * 8)
+
+// W of 16 edges (ea: edge g, eb: edge g+8), 8 channels, NP paths: (16 x K) hidden times (K x 8) for each path
+template <int NP>
+DEV void radial(float (&w)[NP][4], const float* __restrict__ hidden, i64 ea, i64 eb, const float* w3, int g, int q) {
+  EACH(p, NP) EACH(i, 4) w[p][i] = 0;
+#pragma unroll 2
+  for (int j = 0; j < K / 16; j++) {
+    float4 a = __ldg((const float4*)(hidden + ea * K + 16 * j + 4 * q));
+    float4 b = __ldg((const float4*)(hidden + eb * K + 16 * j + 4 * q));
+    float a0[4] = {a.x, b.x, a.y, b.y}, a1[4] = {a.z, b.z, a.w, b.w};
+    EACH(p, NP) {
+      const float* s = w3 + p * PLANE + ROW(16 * j + 4 * q) + g;
+      float b0[2] = {s[0], s[8]}, b1[2] = {s[16], s[24]};
+      product(w[p], a0, b0);
+      product(w[p], a1, b1);
+    }
+  }
+}
+
+// gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T
+DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const float* w3, int g, int q) {
+  float a[4] = {gw[0], gw[2], gw[1], gw[3]};
+  EACH(n, K / 8) {
+    float2 f = *(const float2*)(w3 + ROW(8 * n + g) + 2 * q);
+    float b[2] = {f.x, f.y};
+    product(gh[n], a, b);
+  }
+}
+
+DEV void load_sh(float (&s)[SH], const float* __restrict__ sh, i64 e) {
+#if SH % 4 == 0
+  EACH(i, SH / 4) {
+    float4 f = __ldg((const float4*)(sh + e * SH) + i);
+    s[4 * i] = f.x; s[4 * i + 1] = f.y; s[4 * i + 2] = f.z; s[4 * i + 3] = f.w;
+  }
+#else
+  EACH(i, SH) s[i] = __ldg(sh + e * SH + i);
+#endif
+}
+"""
+
+# One degree of the input. {L}: its number; D1 = 2l+1; NP paths; OUT components of the output a channel; MUL channels.
+DEGREE = r"""
+namespace L{L} {{
+const int D1 = {D1}, NP = {NP}, OUT = {OUT}, MUL = {MUL}, XOFF = {XOFF};
+__constant__ const int COLUMN[NP] = {{{columns}}};  // of w3, where a path begins
+{functions}
+
+DEV void load_x(float (&x)[2][D1], const float* __restrict__ feat, i64 atom, int u, int second) {{
+  EACH(m, D1) {{
+    Pair v = load2(feat + atom * XDIM + XOFF + m * MUL + u, second);
+    x[0][m] = v.v[0]; x[1][m] = v.v[1];
+  }}
+}}
+
+DEV void stage(float* smem, const float* __restrict__ w3, int u0, int octets) {{
+  for (int i = threadIdx.x; i < octets * NP * K * 8; i += blockDim.x) {{
+    int c = i % 8, k = i / 8 % K, p = i / (8 * K) % NP, o = i / (8 * K * NP), u = u0 + 8 * o + c;
+    float v = u < MUL ? w3[k * WDIM + COLUMN[p] + u] : 0;
+#if !EXACT
+    v = tf32(v);
+#endif
+    smem[(o * NP + p) * PLANE + ROW(k) + c] = v;
+  }}
+  __syncthreads();
+}}
+
+// forward and tangent: the warps of a block take the same nodes and different octets, so that `hidden` is read once
+template <bool TANGENT>
+DEV void forward(const Args& A, int u0, float* smem) {{
+  const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  stage(smem, A.w3, u0, octets);
+  const float* w3 = smem + (warp % octets) * NP * PLANE;
+  const int first = u0 + 8 * (warp % octets) + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
+  const int side = {WARPS} / octets;
+  if (warp >= side * octets) return;
+  const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
+  for (int node = blockIdx.x * A.chunk + warp / octets; node < last; node += side) {{
+    float acc[2][OUT];
+    EACH(i, OUT) acc[0][i] = acc[1][i] = 0;
+    const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
+    for (i64 e0 = begin; e0 < end; e0 += 16) {{
+      const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
+      float w[NP][4], wd[TANGENT ? NP : 1][4];
+      radial<NP>(w, A.hidden, ea, eb, w3, g, q);
+      if constexpr (TANGENT) radial<NP>(wd, A.slope, ea, eb, w3, g, q);
+#pragma unroll 1
+      for (int t = 0; t < 2; t++) {{
+        if (e0 + 8 * t >= end) break;
+        const i64 e = t ? eb : ea;
+        const float valid = e0 + g + 8 * t < end;
+        float x[2][D1], s[SH], v[2][NP];
+        const i64 j = A.senders[e];
+        load_x(x, A.x, j, u, second);
+        load_sh(s, A.sh, e);
+        EACH(p, NP) EACH(c, 2) v[c][p] = valid * (t ? w[p][2 + c] : w[p][c]);
+        if constexpr (TANGENT) {{
+          float xd[2][D1], sd[SH], vd[2][NP];
+          const float rd = valid * A.rd[e];
+          load_x(xd, A.xd, j, u, second);
+          load_sh(sd, A.shd, e);
+          EACH(p, NP) EACH(c, 2) vd[c][p] = rd * (t ? wd[p][2 + c] : wd[p][c]);
+          tangent(acc, x, xd, s, sd, v, vd);
+        }} else {{
+          message(acc, x, s, v);
+        }}
+      }}
+    }}
+    EACH(c, 2)
+      EACH(i, OUT)
+        for (int d = 4; d < 32; d *= 2) acc[c][i] += __shfl_xor_sync(~0u, acc[c][i], d);
+    if (g == 0 && first < MUL) store(A.out + (i64)node * YDIM + u, acc, second);
+  }}
+}}
+
+// backward: a warp takes a node and all octets of the slab. MODE 0: gradients of x, sh and r (slope = d hidden / dr);
+// 1: of x, sh and hidden; 2: of forward and tangent together, by x, xd, hidden and slope.
+template <int MODE>
+DEV void backward(const Args& A, int u0, float* smem) {{
+  const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  stage(smem, A.w3, u0, octets);
+  const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
+  for (int node = blockIdx.x * A.chunk + warp; node < last; node += {WARPS}) {{
+    const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
+    for (i64 e0 = begin; e0 < end; e0 += 16) {{
+      const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
+      float gs[MODE == 2 ? 1 : 2][SH], gr[2] = {{0, 0}};
+      float gh[MODE == 0 ? 1 : K / 8][4], gh2[MODE == 2 ? K / 8 : 1][4];
+      if constexpr (MODE != 2) EACH(i, SH) gs[0][i] = gs[1][i] = 0;
+      if constexpr (MODE != 0) EACH(n, K / 8) EACH(i, 4) gh[n][i] = 0;
+      if constexpr (MODE == 2) EACH(n, K / 8) EACH(i, 4) gh2[n][i] = 0;
+#pragma unroll 1
+      for (int o = 0; o < octets; o++) {{
+        const float* w3 = smem + o * NP * PLANE;
+        const int first = u0 + 8 * o + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
+        float w[NP][4], wd[MODE == 1 ? 1 : NP][4];
+        radial<NP>(w, A.hidden, ea, eb, w3, g, q);
+        if constexpr (MODE != 1) radial<NP>(wd, A.slope, ea, eb, w3, g, q);
+        EACH(t, 2) {{
+          const i64 e = t ? eb : ea, j = A.senders[e];
+          const bool live = e0 + g + 8 * t < end;
+          const float valid = live;
+          float x[2][D1], gx[2][D1], s[SH], v[2][NP], vd[2][NP];
+          EACH(m, D1) gx[0][m] = gx[1][m] = 0;
+          load_x(x, A.x, j, u, second);
+          load_sh(s, A.sh, e);
+          EACH(p, NP) EACH(c, 2) {{
+            v[c][p] = valid * w[p][2 * t + c];
+            if constexpr (MODE != 1) vd[c][p] = valid * wd[p][2 * t + c];
+          }}
+          const float* gy = A.gy + (i64)node * YDIM + u;
+          if constexpr (MODE == 2) {{
+            float xd[2][D1], gxd[2][D1], sd[SH];
+            EACH(m, D1) gxd[0][m] = gxd[1][m] = 0;
+            const float rd = A.rd[e];
+            load_x(xd, A.xd, j, u, second);
+            load_sh(sd, A.shd, e);
+            EACH(p, NP) EACH(c, 2) vd[c][p] *= rd;
+            dual_back(gx, gxd, x, xd, s, sd, v, vd, gy, A.gyd + (i64)node * YDIM + u, second);
+            EACH(p, NP) EACH(c, 2) {{
+              w[p][2 * t + c] = valid * v[c][p];
+              wd[p][2 * t + c] = valid * rd * vd[c][p];
+            }}
+            if (live && first < MUL)
+              EACH(m, D1)
+                add2(A.gxd + j * XDIM + XOFF + m * MUL + u, gxd[0][m], gxd[1][m], second);
+          }} else {{
+            message_back(gx, gs[t], x, s, v, gy, second);
+            EACH(p, NP) EACH(c, 2) {{
+              if constexpr (MODE == 0) gr[t] += v[c][p] * vd[c][p];
+              if constexpr (MODE == 1) w[p][2 * t + c] = valid * v[c][p];
+            }}
+          }}
+          if (live && first < MUL && A.gx)
+            EACH(m, D1)
+              add2(A.gx + j * XDIM + XOFF + m * MUL + u, gx[0][m], gx[1][m], second);
+        }}
+        if constexpr (MODE != 0)
+          EACH(p, NP) {{
+            radial_back(gh, w[p], w3 + p * PLANE, g, q);
+            if constexpr (MODE == 2) radial_back(gh2, wd[p], w3 + p * PLANE, g, q);
+          }}
+      }}
+      EACH(t, 2) {{
+        const i64 e = t ? eb : ea;
+        const bool live = e0 + g + 8 * t < end;
+        if constexpr (MODE != 2) {{
+          EACH(i, SH) for (int d = 1; d < 4; d *= 2) gs[t][i] += __shfl_xor_sync(~0u, gs[t][i], d);
+          for (int d = 1; d < 4; d *= 2) gr[t] += __shfl_xor_sync(~0u, gr[t], d);
+          if (live && q == 0) {{
+            EACH(i, SH) atomicAdd(A.gsh + e * SH + i, gs[t][i]);
+            if (MODE == 0) atomicAdd(A.gr + e, gr[t]);
+          }}
+        }}
+        if (MODE != 0 && live)
+          EACH(n, K / 8) {{
+            if constexpr (MODE != 0) red2(A.gh + e * K + 8 * n + 2 * q, gh[n][2 * t], gh[n][2 * t + 1]);
+            if constexpr (MODE == 2) red2(A.gslope + e * K + 8 * n + 2 * q, gh2[n][2 * t], gh2[n][2 * t + 1]);
+          }}
+      }}
+    }}
+  }}
+}}
+}}  // namespace
+"""
+
+ARGS = r"""
+struct Args {
+  const float *x, *xd, *sh, *shd, *hidden, *slope, *rd, *w3, *gy, *gyd;
+  const i64 *senders, *row_ptr;
+  float *out, *gx, *gxd, *gsh, *gr, *gh, *gslope, *gw3;
+  int n_atoms, chunk;
+};
+DEV void red2(float* p, float a, float b) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b) : "memory");
+}
+"""
+
+# Gradient of w3 for a group of paths of one degree: channels are rows here, so that the products of 8 edges are at once
+# the left operand of (16 channels x 8 edges) (8 edges x K), whose sum over the edges of the chunk stays in registers.
+WEIGHTS = r"""
+namespace L{L} {{
+namespace G{G} {{
+const int NP = {NP}, FIRST = {FIRST};
+{functions}
+
+template <bool DUAL>
+DEV void weight_grad(const Args& A, int u0) {{
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  u0 += 16 * (warp % {groups});
+  int u[2] = {{min(u0 + g, MUL - 1), min(u0 + g + 8, MUL - 1)}};
+  float acc[NP][K / 8][4];
+  EACH(p, NP) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
+  const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
+  for (int node = blockIdx.x * A.chunk + warp / {groups}; node < last; node += {WARPS} / {groups}) {{
+    const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
+    const float* gy[2] = {{A.gy + (i64)node * YDIM + u[0], A.gy + (i64)node * YDIM + u[1]}};
+    const float* gyd[2] = {{A.gyd + (i64)node * YDIM + u[0], A.gyd + (i64)node * YDIM + u[1]}};
+    for (i64 e0 = begin; e0 < end; e0 += 8) {{
+      float a[NP][4], ad[DUAL ? NP : 1][4];
+      const i64 ea = min(e0 + 2 * q, end - 1), eb = min(e0 + 2 * q + 1, end - 1);
+      EACH(t, 2) {{
+        const i64 e = t ? eb : ea, j = A.senders[e];
+        const float valid = e0 + 2 * q + t < end;
+        float x[2][D1], s[SH], v[2][NP];
+        EACH(c, 2) EACH(m, D1) x[c][m] = __ldg(A.x + j * XDIM + XOFF + m * MUL + u[c]);
+        load_sh(s, A.sh, e);
+        if constexpr (DUAL) {{
+          float xd[2][D1], sd[SH], vd[2][NP];
+          const float rd = valid * A.rd[e];
+          EACH(c, 2) EACH(m, D1) xd[c][m] = __ldg(A.xd + j * XDIM + XOFF + m * MUL + u[c]);
+          load_sh(sd, A.shd, e);
+          dual_weights(v, vd, x, xd, s, sd, gy, gyd);
+          EACH(p, NP) EACH(c, 2) ad[p][2 * t + c] = rd * vd[c][p];
+        }} else {{
+          message_weights(v, x, s, gy);
+        }}
+        EACH(p, NP) EACH(c, 2) a[p][2 * t + c] = valid * v[c][p];
+      }}
+      EACH(n, K / 8) {{
+        float b[2] = {{__ldg(A.hidden + ea * K + 8 * n + g), __ldg(A.hidden + eb * K + 8 * n + g)}};
+        EACH(p, NP) product(acc[p][n], a[p], b);
+        if constexpr (DUAL) {{
+          float bd[2] = {{__ldg(A.slope + ea * K + 8 * n + g), __ldg(A.slope + eb * K + 8 * n + g)}};
+          EACH(p, NP) product(acc[p][n], ad[p], bd);
+        }}
+      }}
+    }}
+  }}
+  float* out = A.gw3 + (i64)(blockIdx.x * ({WARPS} / {groups}) + warp / {groups}) * K * WDIM;
+  EACH(p, NP)
+    EACH(n, K / 8)
+      EACH(i, 4) {{
+        const int k = 8 * n + 2 * q + i % 2, c = u0 + g + 8 * (i / 2);
+        if (c < MUL) out[k * WDIM + COLUMN[FIRST + p] + c] = acc[p][n][i];
+      }}
+}}
+}}
+}}  // namespaces
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The generator
+
+
+class Coupling:
+    """One path (l1, l2 -> l3) as C: the edge's matrix M and the sums over it, term by term."""
+
+    def __init__(self, index, l1, l2, l3, cg, out_offset, y_offset, y_stride):
+        self.i, self.l1, self.l2, self.l3 = index, l1, l2, l3
+        self.out, self.y, self.stride = out_offset, y_offset, y_stride
+        self.m = {}  # (m1, m3) -> [(coefficient, m2)]
+        for m1, m2, m3 in np.argwhere(cg):
+            self.m.setdefault((int(m1), int(m3)), []).append((float(cg[m1, m2, m3]), l2 * l2 + int(m2)))
+
+    def matrix(self, name, sh):
+        terms = {k: " + ".join(f"{c!r}f * {sh}[{m2}]" for c, m2 in t) for k, t in self.m.items()}
+        return " ".join(f"const float {name}{a}_{b} = {t};" for (a, b), t in terms.items())
+
+    def times(self, name, vector):
+        """M vector, (2l1+1) sums; vector(m3) is C."""
+        return {
+            a: " + ".join(f"{name}{a}_{b} * {vector(b)}" for (a_, b) in self.m if a_ == a)
+            for a in sorted({a for a, _ in self.m})
+        }
+
+    def outputs(self):
+        return range(2 * self.l3 + 1)
+
+    def inputs(self):
+        return sorted({a for a, _ in self.m})
+
+
+def generate_message(paths):
+    """acc += W x^T M"""
+    out = ["DEV void message(float (&acc)[2][OUT], const float (&x)[2][D1], const float (&s)[SH], const float (&w)[2][NP]) {"]
+    for p in paths:
+        out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2) {"]
+        out += [f"      const float u{a} = w[c][{p.i}] * x[c][{a}];" for a in p.inputs()]
+        out += [f"      acc[c][{p.out + b}] += M{a}_{b} * u{a};" for a, b in p.m]
+        out += ["    }", "  }"]
+    return "\n".join([*out, "}"])
+
+
+def generate_tangent(paths):
+    """acc += (Wd x + W xd)^T M + W x^T Md"""
+    out = ["DEV void tangent(float (&acc)[2][OUT], const float (&x)[2][D1], const float (&xd)[2][D1], const float (&s)[SH],"]
+    out += ["    const float (&sd)[SH], const float (&w)[2][NP], const float (&wd)[2][NP]) {"]
+    for p in paths:
+        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2) {"]
+        for a in p.inputs():
+            out += [f"      const float u{a} = w[c][{p.i}] * x[c][{a}];"]
+            out += [f"      const float v{a} = w[c][{p.i}] * xd[c][{a}] + wd[c][{p.i}] * x[c][{a}];"]
+        out += [f"      acc[c][{p.out + b}] += M{a}_{b} * v{a} + N{a}_{b} * u{a};" for a, b in p.m]
+        out += ["    }", "  }"]
+    return "\n".join([*out, "}"])
+
+
+def load_gradient(p, name, pointer):
+    return " ".join(f"const Pair {name}{b} = load2({pointer} + {p.y + b * p.stride}, second);" for b in p.outputs())
+
+
+def generate_message_back(paths):
+    """gx += W M g; W <- x^T M g; gs += CG-contraction of W x g^T"""
+    out = ["DEV void message_back(float (&gx)[2][D1], float (&gs)[SH], const float (&x)[2][D1], const float (&s)[SH],"]
+    out += ["    float (&w)[2][NP], const float* __restrict__ gy, int second) {"]
+    for p in paths:
+        out += ["  {", "    " + p.matrix("M", "s"), "    " + load_gradient(p, "g", "gy")]
+        out += ["    float " + ", ".join(f"Q{a}_{b} = 0" for a, b in p.m) + ";", "    EACH(c, 2) {"]
+        for a, total in p.times("M", lambda b: f"g{b}.v[c]").items():
+            out += [f"      const float b{a} = {total}; const float u{a} = w[c][{p.i}] * x[c][{a}];"]
+            out += [f"      gx[c][{a}] += w[c][{p.i}] * b{a};"]
+        out += [f"      Q{a}_{b} += u{a} * g{b}.v[c];" for a, b in p.m]
+        out += [f"      w[c][{p.i}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in p.inputs()) + ";", "    }"]
+        out += [f"    gs[{m2}] += {c!r}f * Q{a}_{b};" for (a, b), t in p.m.items() for c, m2 in t] + ["  }"]
+    return "\n".join([*out, "}"])
+
+
+def generate_dual_back(paths):
+    """With b = M gd, d = M g + Md gd:  gx += W d + Wd b;  gxd += W b;  W <- x^T d + xd^T b;  Wd <- x^T b"""
+    out = ["DEV void dual_back(float (&gx)[2][D1], float (&gxd)[2][D1], const float (&x)[2][D1], const float (&xd)[2][D1],"]
+    out += ["    const float (&s)[SH], const float (&sd)[SH], float (&w)[2][NP], float (&wd)[2][NP],"]
+    out += ["    const float* __restrict__ gy, const float* __restrict__ gyd, int second) {"]
+    for p in paths:
+        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd")]
+        out += ["    " + load_gradient(p, "g", "gy"), "    " + load_gradient(p, "h", "gyd")]
+        out += ["    EACH(c, 2) {"]
+        b = p.times("M", lambda b: f"h{b}.v[c]")
+        d, e = p.times("M", lambda b: f"g{b}.v[c]"), p.times("N", lambda b: f"h{b}.v[c]")
+        for a in b:
+            out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};"]
+            out += [f"      gx[c][{a}] += w[c][{p.i}] * d{a} + wd[c][{p.i}] * b{a}; gxd[c][{a}] += w[c][{p.i}] * b{a};"]
+        out += [f"      w[c][{p.i}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
+        out += [f"      wd[c][{p.i}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
+    return "\n".join([*out, "}"])
+
+
+def generate_message_weights(paths):
+    """W <- x^T M g, channel by channel"""
+    out = ["DEV void message_weights(float (&w)[2][NP], const float (&x)[2][D1], const float (&s)[SH],"]
+    out += ["    const float* const (&gy)[2]) {"]
+    for k, p in enumerate(paths):
+        out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2) {"]
+        out += [f"      const float g{b} = __ldg(gy[c] + {p.y + b * p.stride});" for b in p.outputs()]
+        t = p.times("M", lambda b: f"g{b}")
+        out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * ({v})" for a, v in t.items()) + ";", "    }", "  }"]
+    return "\n".join([*out, "}"])
+
+
+def generate_dual_weights(paths):
+    """Wd <- x^T M gd;  W <- x^T (M g + Md gd) + xd^T M gd"""
+    out = ["DEV void dual_weights(float (&w)[2][NP], float (&wd)[2][NP], const float (&x)[2][D1], const float (&xd)[2][D1],"]
+    out += ["    const float (&s)[SH], const float (&sd)[SH], const float* const (&gy)[2], const float* const (&gyd)[2]) {"]
+    for k, p in enumerate(paths):
+        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2) {"]
+        for b in p.outputs():
+            at = p.y + b * p.stride
+            out += [f"      const float g{b} = __ldg(gy[c] + {at}), h{b} = __ldg(gyd[c] + {at});"]
+        b = p.times("M", lambda b: f"h{b}")
+        d, e = p.times("M", lambda b: f"g{b}"), p.times("N", lambda b: f"h{b}")
+        out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};" for a in b]
+        out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
+        out += [f"      wd[c][{k}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
+    return "\n".join([*out, "}"])
+
+
+def generate_store(paths):
+    out = ["DEV void store(float* y, const float (&acc)[2][OUT], int second) {"]
+    for p in paths:
+        for b in p.outputs():
+            at = p.y + b * p.stride
+            out += ["#if EVEN", f"  *(float2*)(y + {at}) = make_float2(acc[0][{p.out + b}], acc[1][{p.out + b}]);", "#else"]
+            out += [f"  y[{at}] = acc[0][{p.out + b}]; if (second) y[{at + 1}] = acc[1][{p.out + b}];", "#endif"]
+    return "\n".join([*out, "}"])
+
+
+def source(muls, paths, lmax, l_out, width, exact):
+    """CUDA source of all kernels of one layer's shape, and the slabs that their grids run over.
+
+    muls: channels of x at l = 0, 1, ...; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1, 2l3+1) array, in the order of the
+    weights; width: columns of `hidden`, a multiple of 16.
+    """
+    mid, column, columns, channel = [0] * (l_out + 1), 0, [], []
+    for l3, l1, _, _ in paths:
+        columns.append(column)
+        channel.append(mid[l3])
+        column += muls[l1]
+        mid[l3] += muls[l1]
+    y_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(mid)]]).tolist()
+    x_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls)]]).tolist()
+    code = [
+        f"#define EXACT {int(exact)}\n#define K {width}\n#define SH {(lmax + 1) ** 2}\n#define XDIM {x_off[-1]}",
+        f"#define YDIM {y_off[-1]}\n#define WDIM {column}\n#define EVEN {int(all(m % 2 == 0 for m in muls))}",
+        PRELUDE,
+        ARGS,
+    ]
+    cases = {k: [] for k in ("forward<false>", "forward<true>", "backward<0>", "backward<1>", "backward<2>")}
+    weight_cases, slabs, units, shared = [], 0, 0, 0
+    for l1 in reversed(range(len(muls))):  # long ones first
+        mine, offset = [], 0
+        for (l3, m, l2, cg), c in zip(paths, channel):
+            if m == l1:
+                mine.append(Coupling(len(mine), l1, l2, l3, cg, offset, y_off[l3] + c, mid[l3]))
+                offset += 2 * l3 + 1
+        at = [c for c, (_, m, _, _) in zip(columns, paths) if m == l1]
+        generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store
+        fill = dict(L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
+        code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)))
+        n = -(-muls[l1] // (8 * WARPS))
+        for k, lines in cases.items():
+            lines.append(f"  if (slab < {slabs + n}) return L{l1}::{k}(A, (slab - {slabs}) * {8 * WARPS}, smem);")
+        slabs += n
+        shared = max(shared, min(WARPS, -(-muls[l1] // 8)) * len(mine) * 10 * width * 4)
+        groups = 4 if muls[l1] > 32 else 2 if muls[l1] > 16 else 1  # of 16 channels, that warps of a block divide
+        for G, first in enumerate(range(0, len(mine), 2)):
+            part = mine[first : first + 2]
+            functions = generate_message_weights(part) + "\n" + generate_dual_weights(part)
+            code.append(WEIGHTS.format(L=l1, G=G, NP=len(part), FIRST=first, functions=functions, groups=groups, WARPS=WARPS))
+            n = -(-muls[l1] // (16 * groups))
+            weight_cases.append((l1, G, units, n, 16 * groups))
+            units += n
+    for k, lines in cases.items():
+        name = k.replace("<", "_").replace(">", "")
+        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}) {name}(const Args A) {{')
+        code.append("  extern __shared__ __align__(16) float smem[];\n  const int slab = blockIdx.y;")
+        code += [*lines, "}"]
+    for dual in "false", "true":
+        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}) weight_grad_{dual}(const Args A) {{')
+        code.append("  const int unit = blockIdx.y;")
+        for l1, G, start, n, channels in weight_cases:
+            code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels});")
+        code.append("}")
+    return "\n".join(code), slabs, units, shared
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compilation and launch
+
+
+class Args(ctypes.Structure):
+    POINTERS = "x xd sh shd hidden slope rd w3 gy gyd senders row_ptr out gx gxd gsh gr gh gslope gw3".split()
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
+
+
+def check(status, what):
+    if status:
+        raise RuntimeError(f"{what} failed with CUDA error {status}")
+
+
+def compile_cuda(code, capability):
+    """CUDA C++ -> machine code, by the NVRTC that torch has loaded, once: it is kept in the user's cache folder.
+
+    Raises RuntimeError with the compiler's log.
+    """
+    architecture = "sm_%d%d" % capability
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "modded-nequix"
+    file = cache / (hashlib.sha256((architecture + code).encode()).hexdigest()[:32] + ".cubin")
+    if file.exists():
+        return file.read_bytes()
+    nvrtc, program, size = ctypes.CDLL(NVRTC), ctypes.c_void_p(), ctypes.c_size_t()
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None), "NVRTC")
+    options = [b"--gpu-architecture=" + architecture.encode(), b"--std=c++17"]
+    if nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.value.decode())
+    check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
+    binary = ctypes.create_string_buffer(size.value)
+    check(nvrtc.nvrtcGetCUBIN(program, binary), "NVRTC")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    cache.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(binary.raw)
+    part.replace(file)  # whole or not at all: other processes may be at it
+    return binary.raw
+
+
+class Kernels:
+    """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
+
+    def __init__(self, muls, paths, lmax, l_out, width, exact, device):
+        code, self.slabs, self.units, self.shared = source(muls, paths, lmax, l_out, width, exact)
+        self.x_dim = sum((2 * l + 1) * m for l, m in enumerate(muls))
+        self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _, _ in paths)
+        self.w_dim = sum(muls[l1] for _, l1, _, _ in paths)
+        self.sh_dim, self.width = (lmax + 1) ** 2, width
+        self.device, self.cuda = device, ctypes.CDLL("libcuda.so.1")
+        self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # makes torch's context the current one
+            binary = compile_cuda(code, torch.cuda.get_device_capability(device))
+            module = ctypes.c_void_p()
+            check(self.cuda.cuModuleLoadData(ctypes.byref(module), binary), "loading the kernels")
+        self.functions = {}
+        for name in "forward_false forward_true backward_0 backward_1 backward_2 weight_grad_false weight_grad_true".split():
+            f = self.functions[name] = ctypes.c_void_p()
+            check(self.cuda.cuModuleGetFunction(ctypes.byref(f), module, name.encode()), name)
+            check(self.cuda.cuFuncSetAttribute(f, 8, self.shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+    def launch(self, name, grid, **tensors):
+        args = Args(**{k: v if isinstance(v, int) else v.data_ptr() for k, v in tensors.items() if v is not None})
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        shared = 0 if name.startswith("weight") else self.shared
+        check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, 32 * WARPS, 1, 1, shared, stream, pointer, None), name)
+
+    def grid(self, n_atoms, least, most):
+        """Atoms a block: many blocks for a multiprocessor, but few enough that loading w3 does not show."""
+        chunk = min(max(n_atoms * self.slabs // (16 * self.n_sm), least), most)
+        return chunk, (-(-n_atoms // chunk), self.slabs)
+
+    def forward(self, out_of, x, sh, hidden, w3, senders, row_ptr, **tangents):
+        n = len(x)
+        out = x.new_empty(n, self.y_dim)
+        if n:
+            chunk, grid = self.grid(n, 1, 16)
+            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
+            self.launch(out_of, grid, **base, out=out, **tangents)
+        return out
+
+    def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, need_x=True, **tangents):
+        """Gradients by what `mode` of the kernel `backward` says: (gx, gsh, gr), (gx, gsh, gh), (gx, gxd, gh, gslope)."""
+        n, e = len(x), len(senders)
+        zeros = {"gx": (n, self.x_dim) if need_x else None}
+        zeros |= [dict(gsh=(e, self.sh_dim), gr=(e,)), dict(gsh=(e, self.sh_dim), gh=(e, self.width))][mode] if mode < 2 else {}
+        zeros |= dict(gxd=(n, self.x_dim), gh=(e, self.width), gslope=(e, self.width)) if mode == 2 else {}
+        out = {k: x.new_zeros(s) if s else None for k, s in zeros.items()}
+        if n and e:
+            chunk, grid = self.grid(n, WARPS, 8 * WARPS)
+            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
+            self.launch(f"backward_{mode}", grid, **base, gy=gy.contiguous(), **tangents, **out)
+        return tuple(out.values())
+
+    def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
+        n = len(x)
+        blocks = min(64, max(n // WARPS, 1))
+        part = x.new_zeros(blocks * WARPS, self.width, self.w_dim)
+        if n and len(senders):
+            base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=-(-n // blocks))
+            kind = "true" if tangents else "false"
+            self.launch(f"weight_grad_{kind}", (blocks, self.units), **base, gy=gy.contiguous(), **tangents, gw3=part)
+        return part.sum(0)
