@@ -33,6 +33,9 @@ import numpy as np
 import torch
 
 NVRTC = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
+BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
+FORWARD_UNROLL = "#pragma unroll 1"
+TWO_OCTETS = 1
 WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
 
 PRELUDE = r"""
@@ -40,10 +43,14 @@ typedef long long i64;
 #define DEV __device__ __forceinline__
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-DEV float tf32(float x) { unsigned r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x)); return __uint_as_float(r); }
+// Rounded to TF32, whose 10 explicit bits are also those of float16.
+DEV float tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
+DEV unsigned short half(float x) { unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
+DEV float low(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(h)); return x; }
+DEV float high(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(h)); return x; }
 
 // d (16 x 8) += a (16 x 8) b (8 x 8).  Thread (g, q): a = rows g, g+8 of column q, then of column q+4; b = rows q, q+4 of
-// column g; d = columns 2q, 2q+1 of row g, then of row g+8. Which of the columns of a (rows of b) is called q is free: we
+// column g; d = columns 2q, 2q+1 of row g, then of row g+8. Which columns of a (rows of b) are called q, q+4 is free: we
 // use that to load vectors, and to pass a d on as the next a.
 DEV void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -51,20 +58,28 @@ DEV void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
+// The same for 16 columns of a, two in a register, in float16
+DEV void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 
-// The same of float32 operands: rounded to TF32, or split in a high and a low part.
+// d += a b of float32 operands. EXACT: each split into a high and a low part, and the sum rounded as float32 sums are.
 DEV void product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  float ah[4], bh[2];
+  float ah[4];
   EACH(i, 4) ah[i] = tf32(a[i]);
-  EACH(i, 2) bh[i] = tf32(b[i]);
 #if EXACT
-  float al[4], bl[2];
+  float bh[2], al[4], bl[2], t[4] = {0, 0, 0, 0};
+  EACH(i, 2) bh[i] = tf32(b[i]);
   EACH(i, 4) al[i] = tf32(a[i] - ah[i]);
   EACH(i, 2) bl[i] = tf32(b[i] - bh[i]);
-  mma(d, al, bh);
-  mma(d, ah, bl);
+  mma(t, al, bh);
+  mma(t, ah, bl);
+  mma(t, ah, bh);
+  EACH(i, 4) d[i] += t[i];
+#else
+  mma(d, ah, b);  // b comes rounded
 #endif
-  mma(d, ah, bh);
 }
 
 // A thread's two channels: one 8-byte access where rows are even, else two, the second clamped to the row.
@@ -79,20 +94,29 @@ DEV Pair load2(const float* p, int second) {
 }
 DEV void add2(float* p, float a, float b, bool two) {
 #if EVEN
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b) : "memory");
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b));
 #else
   atomicAdd(p, a);
   if (two) atomicAdd(p + 1, b);
 #endif
 }
 
-// w3's columns of one octet of channels and one path lie in shared memory as 8 columns, 8 floats of padding every 4 rows.
+// w3's columns of one octet of channels and one path lie in shared memory as a plane: as float32, 8 columns and 8 floats of
+// padding every 4 rows; in TF32 mode as float16, units of 8 rows of a column, so arranged that the reads of `radial` and of
+// `radial_back` both meet each bank once.
+#if EXACT
 #define PLANE (10 * K)
 #define ROW(k) ((k) * 8 + ((k) / 4) * 8)
+#else
+#define PLANE (8 * K)
+#define UNIT(k8, c) (((k8) / 4 * 32 + (c) * 4 + ((k8) % 4 ^ (c) / 2)) * 8)
+#endif
 
 // W of 16 edges (ea: edge g, eb: edge g+8), 8 channels, NP paths: (16 x K) hidden times (K x 8) for each path
+#if EXACT
+typedef float Hidden;
 template <int NP>
-DEV void radial(float (&w)[NP][4], const float* __restrict__ hidden, i64 ea, i64 eb, const float* w3, int g, int q) {
+DEV void radial(float (*w)[4], const Hidden* __restrict__ hidden, i64 ea, i64 eb, const float* w3, int g, int q) {
   EACH(p, NP) EACH(i, 4) w[p][i] = 0;
 #pragma unroll 2
   for (int j = 0; j < K / 16; j++) {
@@ -107,17 +131,62 @@ DEV void radial(float (&w)[NP][4], const float* __restrict__ hidden, i64 ea, i64
     }
   }
 }
-
-// gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T
-DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const float* w3, int g, int q) {
-  float a[4] = {gw[0], gw[2], gw[1], gw[3]};
-  EACH(n, K / 8) {
-    float2 f = *(const float2*)(w3 + ROW(8 * n + g) + 2 * q);
-    float b[2] = {f.x, f.y};
-    product(gh[n], a, b);
+DEV void load8(float (&h)[8], const Hidden* __restrict__ p) {
+  float4 a = __ldg((const float4*)p), b = __ldg((const float4*)p + 1);
+  h[0] = a.x; h[1] = a.y; h[2] = a.z; h[3] = a.w; h[4] = b.x; h[5] = b.y; h[6] = b.z; h[7] = b.w;
+}
+#else
+typedef unsigned short Hidden;
+template <int NP>
+DEV void radial(float (*w)[4], const Hidden* __restrict__ hidden, i64 ea, i64 eb, const unsigned short* w3, int g, int q) {
+  EACH(p, NP) EACH(i, 4) w[p][i] = 0;
+  EACH(j, K / 32) {
+    uint4 a = __ldg((const uint4*)(hidden + ea * K + 32 * j + 8 * q));
+    uint4 b = __ldg((const uint4*)(hidden + eb * K + 32 * j + 8 * q));
+    EACH(p, NP) {
+      uint4 f = *(const uint4*)(w3 + p * PLANE + UNIT(4 * j + q, g));
+      mma_half(w[p], a.x, b.x, a.y, b.y, f.x, f.y);
+      mma_half(w[p], a.z, b.z, a.w, b.w, f.z, f.w);
+    }
   }
 }
+DEV void unpack(float (&h)[8], uint4 a) {
+  h[0] = low(a.x); h[1] = high(a.x); h[2] = low(a.y); h[3] = high(a.y);
+  h[4] = low(a.z); h[5] = high(a.z); h[6] = low(a.w); h[7] = high(a.w);
+}
+DEV void load8(float (&h)[8], const Hidden* __restrict__ p) { unpack(h, __ldg((const uint4*)p)); }
+DEV void load8_shared(float (&h)[8], const Hidden* p) { unpack(h, *(const uint4*)p); }
+#endif
 
+// gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T. Column n' of product n is row 8 n' + n of w3.
+DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const Hidden* w3, int g, int q) {
+  float a[4] = {gw[0], gw[2], gw[1], gw[3]};
+#if EXACT
+  EACH(n, K / 8) {
+    const float* s = w3 + ROW(K / 8 * g + n) + 2 * q;
+    float b[2] = {s[0], s[1]};
+    product(gh[n], a, b);
+  }
+#else
+  EACH(k, K / 64) {
+    const int odd = g & 1;  // threads with odd g read their two columns the other way round
+    float b0[8], b1[8];
+    load8_shared(b0, w3 + UNIT(K / 64 * g + k, 2 * q + odd));
+    load8_shared(b1, w3 + UNIT(K / 64 * g + k, 2 * q + 1 - odd));
+    EACH(n, 8) {
+      float b[2] = {odd ? b1[n] : b0[n], odd ? b0[n] : b1[n]};
+      product(gh[8 * k + n], a, b);
+    }
+  }
+#endif
+}
+
+DEV void put(float (&w)[4], int slot, int c, float v) {
+  w[c] = slot ? w[c] : v;
+  w[2 + c] = slot ? v : w[2 + c];
+}
+
+#define SH4 ((SH + 3) / 4)
 DEV void load_sh(float (&s)[SH], const float* __restrict__ sh, i64 e) {
 #if SH % 4 == 0
   EACH(i, SH / 4) {
@@ -133,81 +202,88 @@ DEV void load_sh(float (&s)[SH], const float* __restrict__ sh, i64 e) {
 # One degree of the input. {L}: its number; D1 = 2l+1; NP paths; OUT components of the output a channel; MUL channels.
 DEGREE = r"""
 namespace L{L} {{
-const int D1 = {D1}, NP = {NP}, OUT = {OUT}, MUL = {MUL}, XOFF = {XOFF};
+const int D1 = {D1}, NP = {NP}, OUT = {OUT}, MUL = {MUL}, XOFF = {XOFF}, OCTETS = {OCTETS};
 __constant__ const int COLUMN[NP] = {{{columns}}};  // of w3, where a path begins
 {functions}
 
-DEV void load_x(float (&x)[2][D1], const float* __restrict__ feat, i64 atom, int u, int second) {{
+DEV void load_x(float (&x)[D1], float (&x1)[D1], const float* __restrict__ feat, i64 atom, int u, int second) {{
   EACH(m, D1) {{
     Pair v = load2(feat + atom * XDIM + XOFF + m * MUL + u, second);
-    x[0][m] = v.v[0]; x[1][m] = v.v[1];
+    x[m] = v.v[0]; x1[m] = v.v[1];
   }}
 }}
 
-DEV void stage(float* smem, const float* __restrict__ w3, int u0, int octets) {{
+DEV void stage(Hidden* w3, const float* __restrict__ source, int u0, int octets) {{
   for (int i = threadIdx.x; i < octets * NP * K * 8; i += blockDim.x) {{
     int c = i % 8, k = i / 8 % K, p = i / (8 * K) % NP, o = i / (8 * K * NP), u = u0 + 8 * o + c;
-    float v = u < MUL ? w3[k * WDIM + COLUMN[p] + u] : 0;
-#if !EXACT
-    v = tf32(v);
+    float v = u < MUL ? source[k * WDIM + COLUMN[p] + u] : 0;
+    Hidden* plane = w3 + (o * NP + p) * PLANE;
+#if EXACT
+    plane[ROW(k) + c] = v;
+#else
+    plane[UNIT(k / 8, c) + k % 8] = half(v);
 #endif
-    smem[(o * NP + p) * PLANE + ROW(k) + c] = v;
   }}
   __syncthreads();
 }}
 
 // forward and tangent: the warps of a block take the same nodes and different octets, so that `hidden` is read once
 template <bool TANGENT>
-DEV void forward(const Args& A, int u0, float* smem) {{
+DEV void forward(const Args& A, int u0, Hidden* smem) {{
   const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   stage(smem, A.w3, u0, octets);
-  const float* w3 = smem + (warp % octets) * NP * PLANE;
-  const int first = u0 + 8 * (warp % octets) + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
-  const int side = {WARPS} / octets;
-  if (warp >= side * octets) return;
+  const int parts = octets / OCTETS, part = warp % parts;  // of the slab, one a warp
+  const Hidden* w3 = smem + part * OCTETS * NP * PLANE;
+  const int side = {WARPS} / parts;
+  if (warp >= side * parts) return;
+  int first[OCTETS], u[OCTETS], second[OCTETS];
+  EACH(o, OCTETS) {{
+    first[o] = u0 + 8 * (part * OCTETS + o) + 2 * q;
+    u[o] = min(first[o], MUL - 1 - EVEN);
+    second[o] = first[o] + 1 < MUL;
+  }}
   const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
-  for (int node = blockIdx.x * A.chunk + warp / octets; node < last; node += side) {{
-    float acc[2][OUT];
-    EACH(i, OUT) acc[0][i] = acc[1][i] = 0;
+  for (int node = blockIdx.x * A.chunk + warp / parts; node < last; node += side) {{
+    float acc[2 * OCTETS][OUT];
+    EACH(c, 2 * OCTETS) EACH(i, OUT) acc[c][i] = 0;
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
     for (i64 e0 = begin; e0 < end; e0 += 16) {{
       const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
-      float w[NP][4], wd[TANGENT ? NP : 1][4];
-      radial<NP>(w, A.hidden, ea, eb, w3, g, q);
-      if constexpr (TANGENT) radial<NP>(wd, A.slope, ea, eb, w3, g, q);
-#pragma unroll 1
+      float w[OCTETS * NP][4], wd[TANGENT ? OCTETS * NP : 1][4];
+      radial<OCTETS * NP>(w, A.hidden, ea, eb, w3, g, q);
+      if constexpr (TANGENT) radial<OCTETS * NP>(wd, A.slope, ea, eb, w3, g, q);
+      const i64 ja = A.senders[ea], jb = A.senders[eb];
+FORWARD_UNROLL
       for (int t = 0; t < 2; t++) {{
-        if (e0 + 8 * t >= end) break;
-        const i64 e = t ? eb : ea;
+        const i64 e = t ? eb : ea, j = t ? jb : ja;
         const float valid = e0 + g + 8 * t < end;
-        float x[2][D1], s[SH], v[2][NP];
-        const i64 j = A.senders[e];
-        load_x(x, A.x, j, u, second);
+        float x[2 * OCTETS][D1], s[SH], v[2 * OCTETS][NP];
+        EACH(o, OCTETS) load_x(x[2 * o], x[2 * o + 1], A.x, j, u[o], second[o]);
         load_sh(s, A.sh, e);
-        EACH(p, NP) EACH(c, 2) v[c][p] = valid * (t ? w[p][2 + c] : w[p][c]);
+        EACH(o, OCTETS) EACH(p, NP) EACH(c, 2) v[2 * o + c][p] = valid * (t ? w[o * NP + p][2 + c] : w[o * NP + p][c]);
         if constexpr (TANGENT) {{
-          float xd[2][D1], sd[SH], vd[2][NP];
+          float xd[2 * OCTETS][D1], sd[SH], vd[2 * OCTETS][NP];
           const float rd = valid * A.rd[e];
-          load_x(xd, A.xd, j, u, second);
+          EACH(o, OCTETS) load_x(xd[2 * o], xd[2 * o + 1], A.xd, j, u[o], second[o]);
           load_sh(sd, A.shd, e);
-          EACH(p, NP) EACH(c, 2) vd[c][p] = rd * (t ? wd[p][2 + c] : wd[p][c]);
+          EACH(o, OCTETS) EACH(p, NP) EACH(c, 2) vd[2 * o + c][p] = rd * (t ? wd[o * NP + p][2 + c] : wd[o * NP + p][c]);
           tangent(acc, x, xd, s, sd, v, vd);
         }} else {{
           message(acc, x, s, v);
         }}
       }}
     }}
-    EACH(c, 2)
-      EACH(i, OUT)
-        for (int d = 4; d < 32; d *= 2) acc[c][i] += __shfl_xor_sync(~0u, acc[c][i], d);
-    if (g == 0 && first < MUL) store(A.out + (i64)node * YDIM + u, acc, second);
+    EACH(c, 2 * OCTETS) EACH(i, OUT)
+      for (int d = 4; d < 32; d *= 2) acc[c][i] += __shfl_xor_sync(~0u, acc[c][i], d);
+    EACH(o, OCTETS)
+      if (g == o && first[o] < MUL) store(A.out + (i64)node * YDIM + u[o], acc[2 * o], acc[2 * o + 1], second[o]);
   }}
 }}
 
 // backward: a warp takes a node and all octets of the slab. MODE 0: gradients of x, sh and r (slope = d hidden / dr);
 // 1: of x, sh and hidden; 2: of forward and tangent together, by x, xd, hidden and slope.
 template <int MODE>
-DEV void backward(const Args& A, int u0, float* smem) {{
+DEV void backward(const Args& A, int u0, Hidden* smem) {{
   const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   stage(smem, A.w3, u0, octets);
   const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
@@ -215,42 +291,44 @@ DEV void backward(const Args& A, int u0, float* smem) {{
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
     for (i64 e0 = begin; e0 < end; e0 += 16) {{
       const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
-      float gs[MODE == 2 ? 1 : 2][SH], gr[2] = {{0, 0}};
+      float gs[MODE == 2 ? 1 : 2][4 * SH4], gr[2] = {{0, 0}};
       float gh[MODE == 0 ? 1 : K / 8][4], gh2[MODE == 2 ? K / 8 : 1][4];
-      if constexpr (MODE != 2) EACH(i, SH) gs[0][i] = gs[1][i] = 0;
+      if constexpr (MODE != 2) EACH(i, 4 * SH4) gs[0][i] = gs[1][i] = 0;
       if constexpr (MODE != 0) EACH(n, K / 8) EACH(i, 4) gh[n][i] = 0;
       if constexpr (MODE == 2) EACH(n, K / 8) EACH(i, 4) gh2[n][i] = 0;
 #pragma unroll 1
       for (int o = 0; o < octets; o++) {{
-        const float* w3 = smem + o * NP * PLANE;
+        const Hidden* w3 = smem + o * NP * PLANE;
         const int first = u0 + 8 * o + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
         float w[NP][4], wd[MODE == 1 ? 1 : NP][4];
         radial<NP>(w, A.hidden, ea, eb, w3, g, q);
         if constexpr (MODE != 1) radial<NP>(wd, A.slope, ea, eb, w3, g, q);
-        EACH(t, 2) {{
+#pragma unroll (MODE == 2 ? 1 : 2)
+        for (int t = 0; t < 2; t++) {{
+          if (e0 + 8 * t >= end) break;
           const i64 e = t ? eb : ea, j = A.senders[e];
           const bool live = e0 + g + 8 * t < end;
           const float valid = live;
           float x[2][D1], gx[2][D1], s[SH], v[2][NP], vd[2][NP];
           EACH(m, D1) gx[0][m] = gx[1][m] = 0;
-          load_x(x, A.x, j, u, second);
+          load_x(x[0], x[1], A.x, j, u, second);
           load_sh(s, A.sh, e);
           EACH(p, NP) EACH(c, 2) {{
-            v[c][p] = valid * w[p][2 * t + c];
-            if constexpr (MODE != 1) vd[c][p] = valid * wd[p][2 * t + c];
+            v[c][p] = valid * (t ? w[p][2 + c] : w[p][c]);
+            if constexpr (MODE != 1) vd[c][p] = valid * (t ? wd[p][2 + c] : wd[p][c]);
           }}
           const float* gy = A.gy + (i64)node * YDIM + u;
           if constexpr (MODE == 2) {{
             float xd[2][D1], gxd[2][D1], sd[SH];
             EACH(m, D1) gxd[0][m] = gxd[1][m] = 0;
             const float rd = A.rd[e];
-            load_x(xd, A.xd, j, u, second);
+            load_x(xd[0], xd[1], A.xd, j, u, second);
             load_sh(sd, A.shd, e);
             EACH(p, NP) EACH(c, 2) vd[c][p] *= rd;
             dual_back(gx, gxd, x, xd, s, sd, v, vd, gy, A.gyd + (i64)node * YDIM + u, second);
             EACH(p, NP) EACH(c, 2) {{
-              w[p][2 * t + c] = valid * v[c][p];
-              wd[p][2 * t + c] = valid * rd * vd[c][p];
+              put(w[p], t, c, valid * v[c][p]);
+              put(wd[p], t, c, valid * rd * vd[c][p]);
             }}
             if (live && first < MUL)
               EACH(m, D1)
@@ -259,7 +337,7 @@ DEV void backward(const Args& A, int u0, float* smem) {{
             message_back(gx, gs[t], x, s, v, gy, second);
             EACH(p, NP) EACH(c, 2) {{
               if constexpr (MODE == 0) gr[t] += v[c][p] * vd[c][p];
-              if constexpr (MODE == 1) w[p][2 * t + c] = valid * v[c][p];
+              if constexpr (MODE == 1) put(w[p], t, c, valid * v[c][p]);
             }}
           }}
           if (live && first < MUL && A.gx)
@@ -276,17 +354,30 @@ DEV void backward(const Args& A, int u0, float* smem) {{
         const i64 e = t ? eb : ea;
         const bool live = e0 + g + 8 * t < end;
         if constexpr (MODE != 2) {{
-          EACH(i, SH) for (int d = 1; d < 4; d *= 2) gs[t][i] += __shfl_xor_sync(~0u, gs[t][i], d);
+          // over the four threads of an edge; each ends with a quarter of the harmonics
+          EACH(i, 2 * SH4) {{
+            const float mine = q & 2 ? gs[t][i + 2 * SH4] : gs[t][i], other = q & 2 ? gs[t][i] : gs[t][i + 2 * SH4];
+            gs[t][i] = mine + __shfl_xor_sync(~0u, other, 2);
+          }}
+          EACH(i, SH4) {{
+            const float mine = q & 1 ? gs[t][i + SH4] : gs[t][i], other = q & 1 ? gs[t][i] : gs[t][i + SH4];
+            gs[t][i] = mine + __shfl_xor_sync(~0u, other, 1);
+          }}
           for (int d = 1; d < 4; d *= 2) gr[t] += __shfl_xor_sync(~0u, gr[t], d);
-          if (live && q == 0) {{
-            EACH(i, SH) atomicAdd(A.gsh + e * SH + i, gs[t][i]);
-            if (MODE == 0) atomicAdd(A.gr + e, gr[t]);
+          if (live) {{
+#if SH == 16
+            red4(A.gsh + e * SH + 4 * q, gs[t][0], gs[t][1], gs[t][2], gs[t][3]);
+#else
+            EACH(i, SH4) if (q * SH4 + i < SH) atomicAdd(A.gsh + e * SH + q * SH4 + i, gs[t][i]);
+#endif
+            if (MODE == 0 && q == 0) atomicAdd(A.gr + e, gr[t]);
           }}
         }}
         if (MODE != 0 && live)
-          EACH(n, K / 8) {{
-            if constexpr (MODE != 0) red2(A.gh + e * K + 8 * n + 2 * q, gh[n][2 * t], gh[n][2 * t + 1]);
-            if constexpr (MODE == 2) red2(A.gslope + e * K + 8 * n + 2 * q, gh2[n][2 * t], gh2[n][2 * t + 1]);
+          EACH(i, 2) EACH(n, K / 32) {{
+            const i64 at = e * K + K / 8 * (2 * q + i) + 4 * n;
+            if constexpr (MODE != 0) red4(A.gh + at, gh[4 * n][2 * t + i], gh[4 * n + 1][2 * t + i], gh[4 * n + 2][2 * t + i], gh[4 * n + 3][2 * t + i]);
+            if constexpr (MODE == 2) red4(A.gslope + at, gh2[4 * n][2 * t + i], gh2[4 * n + 1][2 * t + i], gh2[4 * n + 2][2 * t + i], gh2[4 * n + 3][2 * t + i]);
           }}
       }}
     }}
@@ -297,13 +388,14 @@ DEV void backward(const Args& A, int u0, float* smem) {{
 
 ARGS = r"""
 struct Args {
-  const float *x, *xd, *sh, *shd, *hidden, *slope, *rd, *w3, *gy, *gyd;
+  const float *x, *xd, *sh, *shd, *rd, *w3, *gy, *gyd;
+  const Hidden *hidden, *slope;
   const i64 *senders, *row_ptr;
   float *out, *gx, *gxd, *gsh, *gr, *gh, *gslope, *gw3;
   int n_atoms, chunk;
 };
-DEV void red2(float* p, float a, float b) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b) : "memory");
+DEV void red4(float* p, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(p), "f"(a), "f"(b), "f"(c), "f"(d));
 }
 """
 
@@ -312,21 +404,22 @@ DEV void red2(float* p, float a, float b) {
 WEIGHTS = r"""
 namespace L{L} {{
 namespace G{G} {{
-const int NP = {NP}, FIRST = {FIRST};
+const int NP = {NP}, FIRST = {FIRST}, OUT = {OUT};
 {functions}
 
 template <bool DUAL>
 DEV void weight_grad(const Args& A, int u0) {{
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   u0 += 16 * (warp % {groups});
-  int u[2] = {{min(u0 + g, MUL - 1), min(u0 + g + 8, MUL - 1)}};
+  const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   float acc[NP][K / 8][4];
   EACH(p, NP) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
   const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
   for (int node = blockIdx.x * A.chunk + warp / {groups}; node < last; node += {WARPS} / {groups}) {{
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
-    const float* gy[2] = {{A.gy + (i64)node * YDIM + u[0], A.gy + (i64)node * YDIM + u[1]}};
-    const float* gyd[2] = {{A.gyd + (i64)node * YDIM + u[0], A.gyd + (i64)node * YDIM + u[1]}};
+    float gy[2][OUT], gyd[2][OUT];
+    load_gy(gy, A.gy + (i64)node * YDIM + u, second);
+    if constexpr (DUAL) load_gy(gyd, A.gyd + (i64)node * YDIM + u, second);
     for (i64 e0 = begin; e0 < end; e0 += 8) {{
       float a[NP][4], ad[DUAL ? NP : 1][4];
       const i64 ea = min(e0 + 2 * q, end - 1), eb = min(e0 + 2 * q + 1, end - 1);
@@ -334,12 +427,12 @@ DEV void weight_grad(const Args& A, int u0) {{
         const i64 e = t ? eb : ea, j = A.senders[e];
         const float valid = e0 + 2 * q + t < end;
         float x[2][D1], s[SH], v[2][NP];
-        EACH(c, 2) EACH(m, D1) x[c][m] = __ldg(A.x + j * XDIM + XOFF + m * MUL + u[c]);
+        load_x(x[0], x[1], A.x, j, u, second);
         load_sh(s, A.sh, e);
         if constexpr (DUAL) {{
           float xd[2][D1], sd[SH], vd[2][NP];
           const float rd = valid * A.rd[e];
-          EACH(c, 2) EACH(m, D1) xd[c][m] = __ldg(A.xd + j * XDIM + XOFF + m * MUL + u[c]);
+          load_x(xd[0], xd[1], A.xd, j, u, second);
           load_sh(sd, A.shd, e);
           dual_weights(v, vd, x, xd, s, sd, gy, gyd);
           EACH(p, NP) EACH(c, 2) ad[p][2 * t + c] = rd * vd[c][p];
@@ -348,21 +441,31 @@ DEV void weight_grad(const Args& A, int u0) {{
         }}
         EACH(p, NP) EACH(c, 2) a[p][2 * t + c] = valid * v[c][p];
       }}
-      EACH(n, K / 8) {{
-        float b[2] = {{__ldg(A.hidden + ea * K + 8 * n + g), __ldg(A.hidden + eb * K + 8 * n + g)}};
-        EACH(p, NP) product(acc[p][n], a[p], b);
+      // column n of b stands for row K/8 n' + n of w3, n' its number in the product: 8 in a row are one load
+      EACH(k, K / 64) {{
+        float ha[8], hb[8];
+        load8(ha, A.hidden + ea * K + K / 8 * g + 8 * k);
+        load8(hb, A.hidden + eb * K + K / 8 * g + 8 * k);
+        EACH(n, 8) {{
+          float b[2] = {{ha[n], hb[n]}};
+          EACH(p, NP) product(acc[p][8 * k + n], a[p], b);
+        }}
         if constexpr (DUAL) {{
-          float bd[2] = {{__ldg(A.slope + ea * K + 8 * n + g), __ldg(A.slope + eb * K + 8 * n + g)}};
-          EACH(p, NP) product(acc[p][n], ad[p], bd);
+          load8(ha, A.slope + ea * K + K / 8 * g + 8 * k);
+          load8(hb, A.slope + eb * K + K / 8 * g + 8 * k);
+          EACH(n, 8) {{
+            float b[2] = {{ha[n], hb[n]}};
+            EACH(p, NP) product(acc[p][8 * k + n], ad[p], b);
+          }}
         }}
       }}
     }}
   }}
-  float* out = A.gw3 + (i64)(blockIdx.x * ({WARPS} / {groups}) + warp / {groups}) * K * WDIM;
+  float* out = A.gw3 + (i64)(blockIdx.x * {SLOTS} + warp / {groups}) * K * WDIM;
   EACH(p, NP)
     EACH(n, K / 8)
       EACH(i, 4) {{
-        const int k = 8 * n + 2 * q + i % 2, c = u0 + g + 8 * (i / 2);
+        const int k = K / 8 * (2 * q + i % 2) + n, c = first + i / 2;
         if (c < MUL) out[k * WDIM + COLUMN[FIRST + p] + c] = acc[p][n][i];
       }}
 }}
@@ -405,9 +508,10 @@ class Coupling:
 
 def generate_message(paths):
     """acc += W x^T M"""
-    out = ["DEV void message(float (&acc)[2][OUT], const float (&x)[2][D1], const float (&s)[SH], const float (&w)[2][NP]) {"]
+    out = ["DEV void message(float (&acc)[2 * OCTETS][OUT], const float (&x)[2 * OCTETS][D1], const float (&s)[SH],",
+           "    const float (&w)[2 * OCTETS][NP]) {"]
     for p in paths:
-        out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2) {"]
+        out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2 * OCTETS) {"]
         out += [f"      const float u{a} = w[c][{p.i}] * x[c][{a}];" for a in p.inputs()]
         out += [f"      acc[c][{p.out + b}] += M{a}_{b} * u{a};" for a, b in p.m]
         out += ["    }", "  }"]
@@ -416,14 +520,14 @@ def generate_message(paths):
 
 def generate_tangent(paths):
     """acc += (Wd x + W xd)^T M + W x^T Md"""
-    out = ["DEV void tangent(float (&acc)[2][OUT], const float (&x)[2][D1], const float (&xd)[2][D1], const float (&s)[SH],"]
-    out += ["    const float (&sd)[SH], const float (&w)[2][NP], const float (&wd)[2][NP]) {"]
+    out = ["DEV void tangent(float (&acc)[2 * OCTETS][OUT], const float (&x)[2 * OCTETS][D1], const float (&xd)[2 * OCTETS][D1],"]
+    out += ["    const float (&s)[SH], const float (&sd)[SH], const float (&w)[2 * OCTETS][NP], const float (&wd)[2 * OCTETS][NP]) {"]
     for p in paths:
-        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2) {"]
+        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2 * OCTETS) {"]
         for a in p.inputs():
             out += [f"      const float u{a} = w[c][{p.i}] * x[c][{a}];"]
             out += [f"      const float v{a} = w[c][{p.i}] * xd[c][{a}] + wd[c][{p.i}] * x[c][{a}];"]
-        out += [f"      acc[c][{p.out + b}] += M{a}_{b} * v{a} + N{a}_{b} * u{a};" for a, b in p.m]
+        out += [f"      acc[c][{p.out + b}] += M{a}_{b} * v{a}; acc[c][{p.out + b}] += N{a}_{b} * u{a};" for a, b in p.m]
         out += ["    }", "  }"]
     return "\n".join([*out, "}"])
 
@@ -434,7 +538,7 @@ def load_gradient(p, name, pointer):
 
 def generate_message_back(paths):
     """gx += W M g; W <- x^T M g; gs += CG-contraction of W x g^T"""
-    out = ["DEV void message_back(float (&gx)[2][D1], float (&gs)[SH], const float (&x)[2][D1], const float (&s)[SH],"]
+    out = ["DEV void message_back(float (&gx)[2][D1], float (&gs)[4 * SH4], const float (&x)[2][D1], const float (&s)[SH],"]
     out += ["    float (&w)[2][NP], const float* __restrict__ gy, int second) {"]
     for p in paths:
         out += ["  {", "    " + p.matrix("M", "s"), "    " + load_gradient(p, "g", "gy")]
@@ -461,35 +565,31 @@ def generate_dual_back(paths):
         d, e = p.times("M", lambda b: f"g{b}.v[c]"), p.times("N", lambda b: f"h{b}.v[c]")
         for a in b:
             out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};"]
-            out += [f"      gx[c][{a}] += w[c][{p.i}] * d{a} + wd[c][{p.i}] * b{a}; gxd[c][{a}] += w[c][{p.i}] * b{a};"]
+            out += [f"      gx[c][{a}] += w[c][{p.i}] * d{a}; gx[c][{a}] += wd[c][{p.i}] * b{a};"]
+            out += [f"      gxd[c][{a}] += w[c][{p.i}] * b{a};"]
         out += [f"      w[c][{p.i}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
         out += [f"      wd[c][{p.i}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
     return "\n".join([*out, "}"])
 
 
-def generate_message_weights(paths):
-    """W <- x^T M g, channel by channel"""
-    out = ["DEV void message_weights(float (&w)[2][NP], const float (&x)[2][D1], const float (&s)[SH],"]
-    out += ["    const float* const (&gy)[2]) {"]
+def generate_weights(paths):
+    """The node's gradients by path; W <- x^T M g; and with tangents Wd <- x^T M gd, W <- x^T (M g + Md gd) + xd^T M gd"""
+    at = [p.y + b * p.stride for p in paths for b in p.outputs()]
+    out = ["DEV void load_gy(float (&g)[2][OUT], const float* __restrict__ gy, int second) {"]
+    out += [f"  {{ const Pair v = load2(gy + {a}, second); g[0][{i}] = v.v[0]; g[1][{i}] = v.v[1]; }}" for i, a in enumerate(at)]
+    out += ["}"]
+    out += ["DEV void message_weights(float (&w)[2][NP], const float (&x)[2][D1], const float (&s)[SH], const float (&g)[2][OUT]) {"]
+    start = np.cumsum([0, *[2 * p.l3 + 1 for p in paths]]).tolist()
     for k, p in enumerate(paths):
+        t = p.times("M", lambda b: f"g[c][{start[k] + b}]")
         out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2) {"]
-        out += [f"      const float g{b} = __ldg(gy[c] + {p.y + b * p.stride});" for b in p.outputs()]
-        t = p.times("M", lambda b: f"g{b}")
         out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * ({v})" for a, v in t.items()) + ";", "    }", "  }"]
-    return "\n".join([*out, "}"])
-
-
-def generate_dual_weights(paths):
-    """Wd <- x^T M gd;  W <- x^T (M g + Md gd) + xd^T M gd"""
-    out = ["DEV void dual_weights(float (&w)[2][NP], float (&wd)[2][NP], const float (&x)[2][D1], const float (&xd)[2][D1],"]
-    out += ["    const float (&s)[SH], const float (&sd)[SH], const float* const (&gy)[2], const float* const (&gyd)[2]) {"]
+    out += ["}", "DEV void dual_weights(float (&w)[2][NP], float (&wd)[2][NP], const float (&x)[2][D1], const float (&xd)[2][D1],"]
+    out += ["    const float (&s)[SH], const float (&sd)[SH], const float (&g)[2][OUT], const float (&h)[2][OUT]) {"]
     for k, p in enumerate(paths):
+        b = p.times("M", lambda b: f"h[c][{start[k] + b}]")
+        d, e = p.times("M", lambda b: f"g[c][{start[k] + b}]"), p.times("N", lambda b: f"h[c][{start[k] + b}]")
         out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2) {"]
-        for b in p.outputs():
-            at = p.y + b * p.stride
-            out += [f"      const float g{b} = __ldg(gy[c] + {at}), h{b} = __ldg(gyd[c] + {at});"]
-        b = p.times("M", lambda b: f"h{b}")
-        d, e = p.times("M", lambda b: f"g{b}"), p.times("N", lambda b: f"h{b}")
         out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};" for a in b]
         out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
         out += [f"      wd[c][{k}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
@@ -497,13 +597,17 @@ def generate_dual_weights(paths):
 
 
 def generate_store(paths):
-    out = ["DEV void store(float* y, const float (&acc)[2][OUT], int second) {"]
+    out = ["DEV void store(float* y, const float (&a)[OUT], const float (&b)[OUT], int second) {"]
     for p in paths:
-        for b in p.outputs():
-            at = p.y + b * p.stride
-            out += ["#if EVEN", f"  *(float2*)(y + {at}) = make_float2(acc[0][{p.out + b}], acc[1][{p.out + b}]);", "#else"]
-            out += [f"  y[{at}] = acc[0][{p.out + b}]; if (second) y[{at + 1}] = acc[1][{p.out + b}];", "#endif"]
+        for m in p.outputs():
+            at = p.y + m * p.stride
+            out += ["#if EVEN", f"  *(float2*)(y + {at}) = make_float2(a[{p.out + m}], b[{p.out + m}]);", "#else"]
+            out += [f"  y[{at}] = a[{p.out + m}]; if (second) y[{at + 1}] = b[{p.out + m}];", "#endif"]
     return "\n".join([*out, "}"])
+
+
+def count_groups(mul):
+    return 4 if mul > 32 else 2 if mul > 16 else 1
 
 
 def source(muls, paths, lmax, l_out, width, exact):
@@ -526,8 +630,9 @@ def source(muls, paths, lmax, l_out, width, exact):
         PRELUDE,
         ARGS,
     ]
-    cases = {k: [] for k in ("forward<false>", "forward<true>", "backward<0>", "backward<1>", "backward<2>")}
-    weight_cases, slabs, units, shared = [], 0, 0, 0
+    cases = {k: [] for k in BOUNDS if k != "weights"}
+    weight_cases, slabs, units, slab = [], 0, 0, 0
+    slots = max(WARPS // count_groups(m) for m in muls)  # partial sums of weight_grad, a block
     for l1 in reversed(range(len(muls))):  # long ones first
         mine, offset = [], 0
         for (l3, m, l2, cg), c in zip(paths, channel):
@@ -536,33 +641,35 @@ def source(muls, paths, lmax, l_out, width, exact):
                 offset += 2 * l3 + 1
         at = [c for c, (_, m, _, _) in zip(columns, paths) if m == l1]
         generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store
-        fill = dict(L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
-        code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)))
+        octets = 2 if l1 < TWO_OCTETS and muls[l1] % 16 == 0 else 1
+        fill = dict(OCTETS=octets, L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
+        code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)).replace("FORWARD_UNROLL", FORWARD_UNROLL))
         n = -(-muls[l1] // (8 * WARPS))
         for k, lines in cases.items():
             lines.append(f"  if (slab < {slabs + n}) return L{l1}::{k}(A, (slab - {slabs}) * {8 * WARPS}, smem);")
         slabs += n
-        shared = max(shared, min(WARPS, -(-muls[l1] // 8)) * len(mine) * 10 * width * 4)
-        groups = 4 if muls[l1] > 32 else 2 if muls[l1] > 16 else 1  # of 16 channels, that warps of a block divide
+        slab = max(slab, min(WARPS, -(-muls[l1] // 8)) * len(mine) * width * 8)
+        groups = count_groups(muls[l1])  # of 16 channels, that warps of a block divide
         for G, first in enumerate(range(0, len(mine), 2)):
             part = mine[first : first + 2]
-            functions = generate_message_weights(part) + "\n" + generate_dual_weights(part)
-            code.append(WEIGHTS.format(L=l1, G=G, NP=len(part), FIRST=first, functions=functions, groups=groups, WARPS=WARPS))
+            out = sum(2 * p.l3 + 1 for p in part)
+            code.append(WEIGHTS.format(L=l1, G=G, NP=len(part), FIRST=first, OUT=out, functions=generate_weights(part), groups=groups, SLOTS=slots, WARPS=WARPS))
             n = -(-muls[l1] // (16 * groups))
             weight_cases.append((l1, G, units, n, 16 * groups))
             units += n
     for k, lines in cases.items():
+        bound = BOUNDS[k]
         name = k.replace("<", "_").replace(">", "")
-        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}) {name}(const Args A) {{')
-        code.append("  extern __shared__ __align__(16) float smem[];\n  const int slab = blockIdx.y;")
+        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}, {bound}) {name}(const Args A) {{')
+        code.append("  extern __shared__ __align__(16) Hidden smem[];\n  const int slab = blockIdx.y;")
         code += [*lines, "}"]
     for dual in "false", "true":
-        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}) weight_grad_{dual}(const Args A) {{')
+        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}, {BOUNDS["weights"]}) weight_grad_{dual}(const Args A) {{')
         code.append("  const int unit = blockIdx.y;")
         for l1, G, start, n, channels in weight_cases:
             code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels});")
         code.append("}")
-    return "\n".join(code), slabs, units, shared
+    return "\n".join(code), slabs, units, slots, slab
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -570,7 +677,7 @@ def source(muls, paths, lmax, l_out, width, exact):
 
 
 class Args(ctypes.Structure):
-    POINTERS = "x xd sh shd hidden slope rd w3 gy gyd senders row_ptr out gx gxd gsh gr gh gslope gw3".split()
+    POINTERS = "x xd sh shd rd w3 gy gyd hidden slope senders row_ptr out gx gxd gsh gr gh gslope gw3".split()
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
 
 
@@ -612,11 +719,13 @@ class Kernels:
     """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
 
     def __init__(self, muls, paths, lmax, l_out, width, exact, device):
-        code, self.slabs, self.units, self.shared = source(muls, paths, lmax, l_out, width, exact)
+        code, self.slabs, self.units, self.slots, slab = source(muls, paths, lmax, l_out, width, exact)
         self.x_dim = sum((2 * l + 1) * m for l, m in enumerate(muls))
         self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _, _ in paths)
         self.w_dim = sum(muls[l1] for _, l1, _, _ in paths)
         self.sh_dim, self.width = (lmax + 1) ** 2, width
+        self.exact = exact
+        self.shared = slab * (5 if exact else 2)
         self.device, self.cuda = device, ctypes.CDLL("libcuda.so.1")
         self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
@@ -642,6 +751,9 @@ class Kernels:
         chunk = min(max(n_atoms * self.slabs // (16 * self.n_sm), least), most)
         return chunk, (-(-n_atoms // chunk), self.slabs)
 
+    def stored(self, hidden):
+        return hidden.contiguous() if self.exact else hidden.half()
+
     def forward(self, out_of, x, sh, hidden, w3, senders, row_ptr, **tangents):
         n = len(x)
         out = x.new_empty(n, self.y_dim)
@@ -666,8 +778,8 @@ class Kernels:
 
     def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
         n = len(x)
-        blocks = min(64, max(n // WARPS, 1))
-        part = x.new_zeros(blocks * WARPS, self.width, self.w_dim)
+        blocks = min(-(-6 * self.n_sm // self.units), max(n // WARPS, 1))
+        part = x.new_zeros(blocks * self.slots, self.width, self.w_dim)
         if n and len(senders):
             base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=-(-n // blocks))
             kind = "true" if tangents else "false"
