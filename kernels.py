@@ -36,6 +36,7 @@ NVRTC = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
 BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
 FORWARD_UNROLL = "#pragma unroll 1"
 TWO_OCTETS = 1
+SILU_NORM = 1.6765620560798837  # as in model.py
 WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
 
 PRELUDE = r"""
@@ -93,7 +94,7 @@ DEV Pair load2(const float* p, int second) {
 #endif
 }
 DEV void add2(float* p, float a, float b, bool two) {
-#if EVEN
+#if EVEN && __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b));
 #else
   atomicAdd(p, a);
@@ -395,7 +396,11 @@ struct Args {
   int n_atoms, chunk;
 };
 DEV void red4(float* p, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(p), "f"(a), "f"(b), "f"(c), "f"(d));
+#else
+  atomicAdd(p, a); atomicAdd(p + 1, b); atomicAdd(p + 2, c); atomicAdd(p + 3, d);
+#endif
 }
 """
 
@@ -472,6 +477,196 @@ DEV void weight_grad(const Args& A, int u0) {{
 }}
 }}  // namespaces
 """
+
+
+# What stands between the convolutions: SiLU of the radial MLP, and norm and gate of a layer; each also with tangents. A warp
+# takes an atom. v: the layer's channels before norm and gate, NS scalars and NG gates first; k: 1/(2l+1)^2 / degrees.
+NODES = r"""
+DEV float sigmoid(float z) { return 1 / (1 + expf(-z)); }
+DEV float silu(float z, float s) { return z * s; }
+DEV float silu1(float z, float s) { return s * (1 + z * (1 - s)); }
+DEV float silu2(float z, float s) { return s * (1 - s) * (2 + z * (1 - 2 * s)); }
+
+struct Elements { const float *z, *grad; float *out; Hidden *stored; i64 n; };
+
+// (a, ad) = (silu(z), silu'(z) zd), the last layer's as `Hidden`
+extern "C" __global__ void dual_silu(const Elements A) {
+  for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < A.n; i += (i64)gridDim.x * blockDim.x) {
+    const float z = A.z[i], zd = A.z[A.n + i], s = sigmoid(z), a = silu(z, s), ad = silu1(z, s) * zd;
+    if (A.out) { A.out[i] = a; A.out[A.n + i] = ad; }
+#if EXACT
+    else { A.stored[i] = a; A.stored[A.n + i] = ad; }
+#else
+    else { A.stored[i] = half(a); A.stored[A.n + i] = half(ad); }
+#endif
+  }
+}
+extern "C" __global__ void dual_silu_back(const Elements A) {
+  for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < A.n; i += (i64)gridDim.x * blockDim.x) {
+    const float z = A.z[i], zd = A.z[A.n + i], s = sigmoid(z), g = A.grad[i], gd = A.grad[A.n + i];
+    A.out[i] = g * silu1(z, s) + gd * silu2(z, s) * zd;
+    A.out[A.n + i] = gd * silu1(z, s);
+  }
+}
+
+struct Nodes { const float *v, *vd, *w, *g, *gd; float *out, *outd, *gw; int n_atoms; };
+DEV float warp_sum(float x) { for (int d = 1; d < 32; d *= 2) x += __shfl_xor_sync(~0u, x, d); return x; }
+
+// inverse = 1 / sqrt(sum k v^2 + 1e-12) and its tangent
+template <bool DUAL>
+DEV void inverse_norm(const float* v, const float* vd, int lane, float& inv, float& invd, float& square_d) {
+  float square = 0, d = 0;
+#if NORM
+  for (int i = lane; i < NDIM; i += 32) {
+    const float k = weight_of(i), x = v[i];
+    square += k * x * x;
+    if (DUAL) d += 2 * k * x * vd[i];
+  }
+  inv = 1 / sqrtf(warp_sum(square) + 1e-12f);
+  square_d = DUAL ? warp_sum(d) : 0;
+  invd = -0.5f * inv * inv * inv * square_d;
+#else
+  inv = 1; invd = square_d = 0;
+#endif
+}
+
+template <bool DUAL>
+DEV void norm_gate(const Nodes& A) {
+  const int atom = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (atom >= A.n_atoms) return;
+  const float *v = A.v + (i64)atom * NDIM, *vd = DUAL ? A.vd + (i64)atom * NDIM : nullptr;
+  float *out = A.out + (i64)atom * FDIM, *outd = DUAL ? A.outd + (i64)atom * FDIM : nullptr;
+  float inv, invd, unused;
+  inverse_norm<DUAL>(v, vd, lane, inv, invd, unused);
+  for (int u = lane; u < NS; u += 32) {
+    const float y = v[u] * inv * A.w[u], s = sigmoid(y);
+    out[u] = C_SILU * silu(y, s);
+    if (DUAL) outd[u] = C_SILU * silu1(y, s) * (vd[u] * inv + v[u] * invd) * A.w[u];
+  }
+  gated<DUAL>(A, v, vd, out, outd, inv, invd, lane);
+}
+template <bool DUAL, int D, int MUL, int VOFF, int OOFF, int GOFF, int WOFF>
+DEV void gated_degree(const Nodes& A, const float* v, const float* vd, float* out, float* outd, float inv, float invd, int lane) {
+  for (int u = lane; u < MUL; u += 32) {
+    const float wg = A.w[GOFF + u], w = A.w[WOFF + u], g = v[GOFF + u] * inv * wg, s = sigmoid(g);
+    const float gate = C_SILU * silu(g, s);
+    const float gate_d = DUAL ? C_SILU * silu1(g, s) * (vd[GOFF + u] * inv + v[GOFF + u] * invd) * wg : 0;
+    for (int m = 0; m < D; m++) {
+      const float x = v[VOFF + m * MUL + u], y = x * inv * w;
+      out[OOFF + m * MUL + u] = y * gate;
+      if (DUAL) outd[OOFF + m * MUL + u] = (vd[VOFF + m * MUL + u] * inv + x * invd) * w * gate + y * gate_d;
+    }
+  }
+}
+
+// What the gradient (gy, gyd) of the normalised (y, yd) = (v inv w, (vd inv + v invd) w) means for one element: its part of
+// the gradients of inv, invd and w; and, but for the way through inv, of v and vd, which are left in out and outd.
+struct Sums { float inv, invd; };
+template <bool DUAL>
+DEV float through_norm(Sums& sums, float* out, float* outd, float v, float vd, float w, float inv, float invd, float gy, float gyd) {
+  const float t = gy * w, td = gyd * w;
+  sums.inv += t * v + (DUAL ? td * vd : 0);
+  if (DUAL) { sums.invd += td * v; *outd = td; }
+  *out = t;
+  return gy * v * inv + (DUAL ? gyd * (vd * inv + v * invd) : 0);
+}
+
+template <bool DUAL>
+DEV void norm_gate_back(const Nodes& A) {
+  const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, warps = gridDim.x * blockDim.x / 32, lane = threadIdx.x % 32;
+  float gw[(WN + 31) / 32 + 8];
+  EACH(i, (WN + 31) / 32 + 8) gw[i] = 0;
+  for (int atom = warp; atom < A.n_atoms; atom += warps) {
+    const i64 row = (i64)atom * NDIM, frow = (i64)atom * FDIM;
+    const float *v = A.v + row, *vd = DUAL ? A.vd + row : nullptr, *g = A.g + frow, *gd = DUAL ? A.gd + frow : nullptr;
+    float *out = A.out + row, *outd = DUAL ? A.outd + row : nullptr;
+    float inv, invd, square_d;
+    inverse_norm<DUAL>(v, vd, lane, inv, invd, square_d);
+    Sums sums = {0, 0};
+    EACH(i, (NS + 31) / 32) {
+      const int u = lane + 32 * i;
+      if (u < NS) {
+        const float w = A.w[u], y = v[u] * inv * w, s = sigmoid(y), vdu = DUAL ? vd[u] : 0, gdu = DUAL ? gd[u] : 0;
+        const float yd = (vdu * inv + v[u] * invd) * w;
+        const float gy = C_SILU * (g[u] * silu1(y, s) + gdu * silu2(y, s) * yd), gyd = C_SILU * gdu * silu1(y, s);
+        gw[i] += through_norm<DUAL>(sums, out + u, outd + u, v[u], vdu, w, inv, invd, gy, gyd);
+      }
+    }
+    gated_back<DUAL>(A, sums, gw, v, vd, g, gd, out, outd, inv, invd, lane);
+#if NORM
+    const float i3 = inv * inv * inv, ginv = warp_sum(sums.inv), ginvd = DUAL ? warp_sum(sums.invd) : 0;
+    const float gsquare = -0.5f * i3 * ginv + 0.75f * i3 * inv * inv * square_d * ginvd, gsquare_d = -0.5f * i3 * ginvd;
+    for (int i = lane; i < NDIM; i += 32) {
+      const float k = 2 * weight_of(i), t = out[i], td = DUAL ? outd[i] : 0;
+      out[i] = t * inv + td * invd + k * (gsquare * v[i] + (DUAL ? gsquare_d * vd[i] : 0));
+      if (DUAL) outd[i] = td * inv + k * gsquare_d * v[i];
+    }
+#endif
+  }
+  store_gw(A.gw + (i64)warp * WN, gw, lane);
+}
+template <bool DUAL, int D, int MUL, int VOFF, int OOFF, int GOFF, int WOFF>
+DEV void gated_degree_back(const Nodes& A, Sums& sums, float* gw_gate, float* gw, const float* v, const float* vd,
+    const float* g, const float* gd, float* out, float* outd, float inv, float invd, int lane) {
+  EACH(i, (MUL + 31) / 32) {
+    const int u = lane + 32 * i;
+    if (u < MUL) {
+      const float wg = A.w[GOFF + u], w = A.w[WOFF + u], vg = v[GOFF + u], vgd = DUAL ? vd[GOFF + u] : 0;
+      const float z = vg * inv * wg, zd = (vgd * inv + vg * invd) * wg, s = sigmoid(z);
+      const float gate = C_SILU * silu(z, s), gate_d = C_SILU * silu1(z, s) * zd;
+      float ggate = 0, ggate_d = 0;
+      EACH(m, D) {
+        const int at = VOFF + m * MUL + u, from = OOFF + m * MUL + u;
+        const float x = v[at], xd = DUAL ? vd[at] : 0, y = x * inv * w, yd = (xd * inv + x * invd) * w;
+        const float go = g[from], god = DUAL ? gd[from] : 0;
+        ggate += go * y + god * yd;
+        ggate_d += god * y;
+        gw[i] += through_norm<DUAL>(sums, out + at, outd + at, x, xd, w, inv, invd, go * gate + god * gate_d, god * gate);
+      }
+      const float gz = C_SILU * (ggate * silu1(z, s) + ggate_d * silu2(z, s) * zd), gzd = C_SILU * ggate_d * silu1(z, s);
+      gw_gate[i] += through_norm<DUAL>(sums, out + GOFF + u, outd + GOFF + u, vg, vgd, wg, inv, invd, gz, gzd);
+    }
+  }
+}
+"""
+
+
+def node_source(muls_out, norm):
+    """CUDA source of norm and gate for a layer of `muls_out` channels, and the sizes of a row before and after it."""
+    gates = sum(muls_out[1:])
+    channels = [muls_out[0] + gates, *muls_out[1:]]
+    v_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(channels)]]).tolist()
+    o_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls_out)]]).tolist()
+    w_off = np.cumsum([0, *channels]).tolist()
+    g_off = np.cumsum([muls_out[0], *muls_out[1:]]).tolist()
+    lanes = lambda n: -(-n // 32)  # registers a thread for n channels
+    slot, calls, back, stores = lanes(muls_out[0]), [], [], [(0, muls_out[0], 0)]
+    for l in range(1, len(muls_out)):
+        m = muls_out[l]
+        at = f"DUAL, {2 * l + 1}, {m}, {v_off[l]}, {o_off[l]}, {g_off[l - 1]}, {w_off[l]}"
+        calls.append(f"  gated_degree<{at}>(A, v, vd, out, outd, inv, invd, lane);")
+        arguments = f"gw + {slot}, gw + {slot + lanes(m)}, v, vd, g, gd, out, outd, inv, invd, lane"
+        back.append(f"  gated_degree_back<{at}>(A, sums, {arguments});")
+        stores += [(g_off[l - 1], m, slot), (w_off[l], m, slot + lanes(m))]
+        slot += 2 * lanes(m)
+    k = [f"{1 / (2 * l + 1) ** 2 / len(muls_out)!r}f" for l in range(len(muls_out))]
+    weight = "".join(f"i < {end} ? {value} : " for end, value in zip(v_off[1:], k[:-1])) + k[-1]
+    heads = (
+        f"#define NS {muls_out[0]}\n#define NDIM {v_off[-1]}\n#define FDIM {o_off[-1]}\n#define WN {w_off[-1]}\n"
+        f"#define NORM {int(norm)}\n#define C_SILU {SILU_NORM!r}f\nDEV float weight_of(int i) {{ return {weight}; }}\n"
+        "struct Nodes;\nstruct Sums;\ntemplate <bool DUAL> DEV void gated(const Nodes&, const float*, const float*, float*, float*, float, float, int);\n"
+        "template <bool DUAL> DEV void gated_back(const Nodes&, Sums&, float*, const float*, const float*, const float*, const float*, float*, float*, float, float, int);\n"
+        "DEV void store_gw(float*, const float*, int);\n"
+    )
+    tails = ["template <bool DUAL>", "DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd, float inv, float invd, int lane) {", *calls, "}"]
+    tails += ["template <bool DUAL>", "DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd, const float* g,"]
+    tails += ["    const float* gd, float* out, float* outd, float inv, float invd, int lane) {", *back, "}"]
+    tails += ["DEV void store_gw(float* gw, const float* mine, int lane) {"]
+    tails += [f"  EACH(i, {lanes(n)}) if (lane + 32 * i < {n}) gw[{at} + lane + 32 * i] = mine[{slot} + i];" for at, n, slot in stores] + ["}"]
+    for dual in "false", "true":
+        tails += [f'extern "C" __global__ void norm_gate_{dual}(const Nodes A) {{ norm_gate<{dual}>(A); }}']
+        tails += [f'extern "C" __global__ void norm_gate_back_{dual}(const Nodes A) {{ norm_gate_back<{dual}>(A); }}']
+    return heads + NODES + "\n".join(tails), v_off[-1], o_off[-1], w_off[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,12 +805,13 @@ def count_groups(mul):
     return 4 if mul > 32 else 2 if mul > 16 else 1
 
 
-def source(muls, paths, lmax, l_out, width, exact):
+def source(muls, muls_out, paths, lmax, width, exact, norm):
     """CUDA source of all kernels of one layer's shape, and the slabs that their grids run over.
 
-    muls: channels of x at l = 0, 1, ...; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1, 2l3+1) array, in the order of the
+    muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1, 2l3+1) array, in the order of the
     weights; width: columns of `hidden`, a multiple of 16.
     """
+    l_out = len(muls_out) - 1
     mid, column, columns, channel = [0] * (l_out + 1), 0, [], []
     for l3, l1, _, _ in paths:
         columns.append(column)
@@ -669,7 +865,9 @@ def source(muls, paths, lmax, l_out, width, exact):
         for l1, G, start, n, channels in weight_cases:
             code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels});")
         code.append("}")
-    return "\n".join(code), slabs, units, slots, slab
+    nodes, *dims = node_source(muls_out, norm)
+    code.append(nodes)
+    return "\n".join(code), slabs, units, slots, slab, dims
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -715,16 +913,27 @@ def compile_cuda(code, capability):
     return binary.raw
 
 
+class Elements(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "z grad out stored".split()] + [("n", ctypes.c_longlong)]
+
+
+class Nodes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "v vd w g gd out outd gw".split()] + [("n_atoms", ctypes.c_int)]
+
+
 class Kernels:
     """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
 
-    def __init__(self, muls, paths, lmax, l_out, width, exact, device):
-        code, self.slabs, self.units, self.slots, slab = source(muls, paths, lmax, l_out, width, exact)
+    CONVOLUTIONS = "forward_false forward_true backward_0 backward_1 backward_2".split()
+    OTHERS = "weight_grad_false weight_grad_true norm_gate_false norm_gate_true norm_gate_back_false norm_gate_back_true".split()
+
+    def __init__(self, muls, muls_out, paths, lmax, width, exact, norm, device):
+        code, self.slabs, self.units, self.slots, slab, dims = source(muls, muls_out, paths, lmax, width, exact, norm)
+        self.v_dim, self.f_dim, self.n_weights = dims
         self.x_dim = sum((2 * l + 1) * m for l, m in enumerate(muls))
         self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _, _ in paths)
         self.w_dim = sum(muls[l1] for _, l1, _, _ in paths)
-        self.sh_dim, self.width = (lmax + 1) ** 2, width
-        self.exact = exact
+        self.sh_dim, self.width, self.exact = (lmax + 1) ** 2, width, exact
         self.shared = slab * (5 if exact else 2)
         self.device, self.cuda = device, ctypes.CDLL("libcuda.so.1")
         self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
@@ -734,17 +943,18 @@ class Kernels:
             module = ctypes.c_void_p()
             check(self.cuda.cuModuleLoadData(ctypes.byref(module), binary), "loading the kernels")
         self.functions = {}
-        for name in "forward_false forward_true backward_0 backward_1 backward_2 weight_grad_false weight_grad_true".split():
+        for name in [*self.CONVOLUTIONS, *self.OTHERS, "dual_silu", "dual_silu_back"]:
             f = self.functions[name] = ctypes.c_void_p()
             check(self.cuda.cuModuleGetFunction(ctypes.byref(f), module, name.encode()), name)
-            check(self.cuda.cuFuncSetAttribute(f, 8, self.shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+            if name in self.CONVOLUTIONS:
+                check(self.cuda.cuFuncSetAttribute(f, 8, self.shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
 
-    def launch(self, name, grid, **tensors):
-        args = Args(**{k: v if isinstance(v, int) else v.data_ptr() for k, v in tensors.items() if v is not None})
+    def launch(self, name, grid, arguments, threads=32 * WARPS, **tensors):
+        args = arguments(**{k: v if isinstance(v, int) else v.data_ptr() for k, v in tensors.items() if v is not None})
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        shared = 0 if name.startswith("weight") else self.shared
-        check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, 32 * WARPS, 1, 1, shared, stream, pointer, None), name)
+        shared = self.shared if name in self.CONVOLUTIONS else 0
+        check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None), name)
 
     def grid(self, n_atoms, least, most):
         """Atoms a block: many blocks for a multiprocessor, but few enough that loading w3 does not show."""
@@ -752,29 +962,24 @@ class Kernels:
         return chunk, (-(-n_atoms // chunk), self.slabs)
 
     def stored(self, hidden):
+        """As the kernels want it: float32, or float16, whose significand is TF32's."""
         return hidden.contiguous() if self.exact else hidden.half()
 
-    def forward(self, out_of, x, sh, hidden, w3, senders, row_ptr, **tangents):
+    def forward(self, name, out, x, sh, hidden, w3, senders, row_ptr, **tangents):
         n = len(x)
-        out = x.new_empty(n, self.y_dim)
         if n:
             chunk, grid = self.grid(n, 1, 16)
             base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
-            self.launch(out_of, grid, **base, out=out, **tangents)
+            self.launch(name, grid, Args, **base, out=out, **tangents)
         return out
 
-    def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, need_x=True, **tangents):
-        """Gradients by what `mode` of the kernel `backward` says: (gx, gsh, gr), (gx, gsh, gh), (gx, gxd, gh, gslope)."""
-        n, e = len(x), len(senders)
-        zeros = {"gx": (n, self.x_dim) if need_x else None}
-        zeros |= [dict(gsh=(e, self.sh_dim), gr=(e,)), dict(gsh=(e, self.sh_dim), gh=(e, self.width))][mode] if mode < 2 else {}
-        zeros |= dict(gxd=(n, self.x_dim), gh=(e, self.width), gslope=(e, self.width)) if mode == 2 else {}
-        out = {k: x.new_zeros(s) if s else None for k, s in zeros.items()}
-        if n and e:
+    def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, **tensors):
+        """Adds to the gradients given, what `mode` of the kernel says: gx, gsh, gr; gx, gsh, gh; gx, gxd, gh, gslope."""
+        n = len(x)
+        if n and len(senders):
             chunk, grid = self.grid(n, WARPS, 8 * WARPS)
             base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
-            self.launch(f"backward_{mode}", grid, **base, gy=gy.contiguous(), **tangents, **out)
-        return tuple(out.values())
+            self.launch(f"backward_{mode}", grid, Args, **base, gy=gy, **tensors)
 
     def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
         n = len(x)
@@ -783,5 +988,156 @@ class Kernels:
         if n and len(senders):
             base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=-(-n // blocks))
             kind = "true" if tangents else "false"
-            self.launch(f"weight_grad_{kind}", (blocks, self.units), **base, gy=gy.contiguous(), **tangents, gw3=part)
+            self.launch(f"weight_grad_{kind}", (blocks, self.units), Args, **base, gy=gy, **tangents, gw3=part)
         return part.sum(0)
+
+    def dual_silu(self, z, last):
+        """z (2, E, K): values and tangents; the last layer's result is what the convolution reads."""
+        out = z.new_empty(z.shape, dtype=torch.float32 if self.exact or not last else torch.float16)
+        if z.numel():
+            self.launch("dual_silu", (16 * self.n_sm, 1), Elements, 256, z=z, n=z.numel() // 2, **{"stored" if last else "out": out})
+        return out
+
+    def dual_silu_back(self, z, grad):
+        out = torch.empty_like(z)
+        if z.numel():
+            self.launch("dual_silu_back", (16 * self.n_sm, 1), Elements, 256, z=z, grad=grad, out=out, n=z.numel() // 2)
+        return out
+
+    def radial(self, basis, weights):
+        """Radial MLP with tangents: basis (2, E, B) -> hidden (2, E, K), and what its backward needs."""
+        z, a, saved = None, basis, []
+        for i, w in enumerate(weights):
+            z = (a.view(-1, a.shape[-1]) @ w).view(*a.shape[:-1], -1)
+            saved.append((a, z))
+            a = self.dual_silu(z, i == len(weights) - 1)
+        return a, saved
+
+    def radial_back(self, grad, weights, saved):
+        """-> gradients of the weights; grad (2, E, K)"""
+        out = []
+        for i in reversed(range(len(weights))):
+            a, z = saved[i]
+            gz = self.dual_silu_back(z, grad)
+            gz = gz.view(-1, gz.shape[-1])
+            out.insert(0, a.view(-1, a.shape[-1]).T @ gz)
+            grad = (gz @ weights[i].T).view(*a.shape) if i else None
+        return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operations of a layer, differentiable once. Features are flat, (A, sum (2l+1) mul), or with tangents (2 A, ...): values
+# of all atoms, then tangents.
+
+
+class ForceConv(torch.autograd.Function):
+    """The convolution as a function of x, sh and r, hidden[1] being d hidden[0] / dr. Writes to `out`, and returns it."""
+
+    @staticmethod
+    def forward(ctx, k, x, sh, r, hidden, w3, senders, row_ptr, out):
+        ctx.k = k
+        ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
+        return k.forward("forward_false", out, x, sh, hidden[0], w3, senders, row_ptr)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
+        gx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        gsh, gr = torch.zeros_like(sh), sh.new_zeros(len(sh))
+        ctx.k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, gy.contiguous(), slope=hidden[1], gx=gx, gsh=gsh, gr=gr)
+        return None, gx, gsh, gr, None, None, None, None, None
+
+
+class DualConv(torch.autograd.Function):
+    """The convolution and its tangent as a function of x (2A, ...) and the weights; `out` has the values already."""
+
+    @staticmethod
+    def forward(ctx, k, geometry, hidden, saved, out, x, w3, *inner):
+        senders, row_ptr, sh, shd, rd = geometry
+        n = len(x) // 2
+        ctx.k, ctx.geometry, ctx.saved, ctx.inner = k, geometry, saved, inner
+        ctx.save_for_backward(x, w3, hidden)
+        tangents = dict(xd=x[n:], shd=shd, slope=hidden[1], rd=rd)
+        k.forward("forward_true", out[n:], x[:n], sh, hidden[0], w3, senders, row_ptr, **tangents)
+        return out
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w3, hidden = ctx.saved_tensors
+        senders, row_ptr, sh, shd, rd = ctx.geometry
+        k, n, gy = ctx.k, len(x) // 2, gy.contiguous()
+        gx, gh = torch.zeros_like(x), x.new_zeros(hidden.shape)
+        tangents = dict(xd=x[n:], shd=shd, slope=hidden[1], rd=rd, gyd=gy[n:])
+        rest = dict(gx=gx, gxd=gx[n:], gh=gh, gslope=gh[1])
+        k.backward(2, x[:n], sh, hidden[0], w3, senders, row_ptr, gy, **tangents, **rest)
+        gw3 = k.weight_grad(x[:n], sh, hidden[0], senders, row_ptr, gy, **tangents)
+        return None, None, None, None, None, gx, gw3, *k.radial_back(gh, ctx.inner, ctx.saved)
+
+
+def degree(x, muls, l):
+    """Degree l of flat features as a batch of matrices (2l+1, rows, mul), in place."""
+    start = sum((2 * i + 1) * m for i, m in enumerate(muls[:l]))
+    return x.as_strided((2 * l + 1, len(x), muls[l]), (muls[l], x.stride(0), 1), x.storage_offset() + start)
+
+
+class Linear(torch.autograd.Function):
+    """The sum of linear maps, degree by degree, of features xs with channels muls_in to channels muls_out."""
+
+    @staticmethod
+    def forward(ctx, muls_out, muls_in, *tensors):
+        xs, weights = tensors[: len(muls_in)], list(tensors[len(muls_in) :])
+        out = xs[0].new_empty(len(xs[0]), sum((2 * l + 1) * m for l, m in enumerate(muls_out)))
+        ctx.muls_out, ctx.muls_in = muls_out, muls_in
+        ctx.save_for_backward(*tensors)
+        for i, (x, muls) in enumerate(zip(xs, muls_in)):
+            for l in range(min(len(muls), len(muls_out))):
+                w, y = weights.pop(0), degree(out, muls_out, l)
+                w = (w * muls[l] ** -0.5).expand(2 * l + 1, -1, -1)
+                torch.bmm(degree(x, muls, l), w, out=y) if i == 0 else y.baddbmm_(degree(x, muls, l), w)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        n = len(ctx.muls_in)
+        xs, weights, g = ctx.saved_tensors[:n], list(ctx.saved_tensors[n:]), g.contiguous()
+        need = list(ctx.needs_input_grad[2:])
+        gxs, gws = [], []
+        for x, muls, need_x in zip(xs, ctx.muls_in, need):
+            common = min(len(muls), len(ctx.muls_out))
+            gx = (torch.empty_like if common == len(muls) else torch.zeros_like)(x) if need_x else None
+            for l in range(common):
+                w, gy = weights.pop(0), degree(g, ctx.muls_out, l)
+                if need_x:
+                    torch.bmm(gy, (w.T * muls[l] ** -0.5).expand(2 * l + 1, -1, -1), out=degree(gx, muls, l))
+                if need[n + len(gws)]:
+                    gw = degree(x, muls, l).reshape(-1, muls[l]).T @ gy.reshape(-1, gy.shape[2])
+                gws.append(gw * muls[l] ** -0.5 if need[n + len(gws)] else None)
+            gxs.append(gx)
+        return None, None, *gxs, *gws
+
+
+class NormGate(torch.autograd.Function):
+    """RMSNorm, then gate, of v (A or 2A, ...); `weights`: all channels'."""
+
+    @staticmethod
+    def forward(ctx, k, dual, v, weights):
+        n = len(v) // (1 + dual)
+        out = v.new_empty(len(v), k.f_dim)
+        ctx.k, ctx.dual = k, dual
+        ctx.save_for_backward(v, weights)
+        if n:
+            tangents = dict(vd=v[n:], outd=out[n:]) if dual else {}
+            name = f"norm_gate_{str(dual).lower()}"
+            k.launch(name, (-(-n // WARPS), 1), Nodes, v=v, w=weights, out=out, n_atoms=n, **tangents)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        v, weights = ctx.saved_tensors
+        k, dual, n, g = ctx.k, ctx.dual, len(v) // (1 + ctx.dual), g.contiguous()
+        out, blocks = torch.empty_like(v), 8 * ctx.k.n_sm
+        gw = v.new_empty(blocks * WARPS, k.n_weights)
+        tangents = dict(vd=v[n:], outd=out[n:], gd=g[n:]) if dual else {}
+        name = f"norm_gate_back_{str(dual).lower()}"
+        k.launch(name, (blocks, 1), Nodes, v=v, w=weights, g=g, out=out, gw=gw, n_atoms=n, **tangents)
+        return None, None, out, gw.sum(0) if ctx.needs_input_grad[3] else None

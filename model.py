@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot, silu
 
+import kernels
+
 # 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
 # weights need this constant: the one e3nn samples for torch differs from it in the third digit.
 SILU_NORM = 1.6765620560798837
@@ -191,6 +193,12 @@ def oeq_conv(muls, lmax, l_out, dtype, device):
 
 
 @functools.lru_cache
+def fused_kernels(muls_in, muls_out, lmax, width, exact, norm, device):
+    ps = [(l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy()) for l3, l1, l2 in paths(len(muls_in) - 1, lmax, len(muls_out) - 1)]
+    return kernels.Kernels(muls_in, muls_out, ps, lmax, width, exact, norm, device)
+
+
+@functools.lru_cache
 def oeq_error():
     """None if OpenEquivariance works here, else why not."""
     if not torch.cuda.is_available():
@@ -202,14 +210,16 @@ def oeq_error():
     return None if BUILT_EXTENSION else str(BUILT_EXTENSION_ERROR)
 
 
-def choose_conv(kind, device):
+def choose_conv(kind, device, dtype=torch.float32):
     """"auto" -> the fastest convolution that works on `device`. Raises ValueError if the one asked for does not."""
     on_cuda = torch.device(device).type == "cuda"
     if kind == "auto":
         return "oeq" if on_cuda and oeq_error() is None else "torch"
     if kind == "oeq" and (oeq_error() or not on_cuda):
         raise ValueError(f"--conv oeq does not work here ({oeq_error() or 'the model is not on a CUDA device'})")
-    return kind
+    if kind == "fused" and not on_cuda:
+        raise ValueError("--conv fused works on CUDA devices only")
+    return "torch" if kind == "fused" and dtype == torch.float64 else kind
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,8 +249,9 @@ class Layer(nn.Module):
         mid = [0] * len(muls_out)
         for l3, l1, _ in paths(len(muls_in) - 1, self.lmax, self.l_out):
             mid[l3] += muls_in[l1]
-        self.muls_mid, self.scalars = mid, muls_out[0]
+        self.muls_mid, self.muls_out, self.scalars = tuple(mid), tuple(muls_out), muls_out[0]
         muls_out = [muls_out[0] + sum(muls_out[1:]), *muls_out[1:]]  # one gate for each channel with l > 0
+        self.channels = tuple(muls_out)
 
         sizes = [config["n_basis"], *[config["radial_size"]] * config["radial_layers"]]
         self.radial = nn.ParameterList(randn(i, o) for i, o in zip(sizes, [*sizes[1:], sum(mid)]))
@@ -250,6 +261,20 @@ class Layer(nn.Module):
         self.linear_2 = nn.ParameterList(randn(i, o) for i, o in zip(mid, muls_out))
         self.skip = nn.ParameterList(randn(i, o) for i, o in zip(muls_in, muls_out))
         self.norm = nn.ParameterList(nn.Parameter(torch.ones(m)) for m in muls_out) if config["norm"] else None
+
+    def fused(self, x, w3, conv, dual):
+        """The layer by the operations of kernels.py: flat features, and `conv`, a convolution with the radial MLP in it."""
+        own = lambda weights: [w if dual else w.detach() for w in weights]  # only the tangent pass has gradients by weights
+        h = kernels.Linear.apply(self.muls_in, [self.muls_in], x, *own(self.linear_1))
+        y = conv(h, w3 * self.avg_n_neighbors**-0.5)
+        v = kernels.Linear.apply(self.channels, [self.muls_mid, self.muls_in], y, x, *own([*self.linear_2, *self.skip]))
+        weights = torch.cat(own(self.norm)) if self.norm is not None else v.new_ones(sum(self.channels))
+        return kernels.NormGate.apply(self.kernels(), dual, v, weights)
+
+    def kernels(self):
+        exact = torch.get_float32_matmul_precision() == "highest"
+        w = self.radial[-1]
+        return fused_kernels(self.muls_in, self.muls_out, self.lmax, w.shape[0], exact, self.norm is not None, w.device)
 
     def forward(self, xs, sh, basis, senders, row_ptr, conv_kind):
         h, (*inner, w3) = basis, self.radial
@@ -338,13 +363,53 @@ class Nequix(nn.Module):
         self.e0 = e0.to(self.e0.device)  # reference energies and sums of energies stay in float64
         return self
 
+    def fused(self, numbers, vectors, senders, row_ptr):
+        """`forward` by fused kernels, differentiable once, and by the vectors alone; and what `fused_tangent` goes on from."""
+        c = self.config
+        r = torch.linalg.vector_norm(vectors, dim=1)
+        sh = spherical_harmonics(vectors / r[:, None], c["lmax"]).float()
+        with torch.no_grad():
+            f = functools.partial(radial_basis, cutoff=c["cutoff"], n_basis=c["n_basis"], p=c["polynomial_p"])
+            basis = torch.stack(torch.func.jvp(f, (r.detach(),), (torch.ones_like(r),))).float()  # and d/dr: (2, E, 8)
+            first = one_hot(self.species[numbers], len(self.e0)).float()
+        x, saved = first, []
+        for layer in self.layers:
+            k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
+            hidden, activations = k.radial(basis, inner)
+            out = x.new_empty(2 * len(x), k.y_dim)  # its second half is for the tangent
+            saved.append((hidden, activations, out))
+            r32 = r.float()
+            conv = lambda h, w3: kernels.ForceConv.apply(k, h, sh, r32, hidden, w3, senders, row_ptr, out[: len(x)])
+            x = layer.fused(x, w3, conv, False)
+        energy = x @ (self.readout[0] * len(self.readout[0]) ** -0.5)
+        return c["scale"] * energy.flatten().double() + c["shift"], (first, r.detach(), sh.detach(), senders, row_ptr, saved)
+
+    def fused_tangent(self, vectors, vectors_d, state):
+        """Energies of the atoms, and their derivative along vectors_d (E, 3), differentiable by the weights."""
+        first, r, sh, senders, row_ptr, saved = state
+        with torch.no_grad():
+            u = vectors / r[:, None]
+            rd = (u * vectors_d).sum(1)
+            ud = (vectors_d - u * rd[:, None]) / r[:, None]
+            shd = torch.func.jvp(lambda u: spherical_harmonics(u, self.config["lmax"]), (u,), (ud,))[1].float()
+        geometry = senders, row_ptr, sh, shd, rd.float()
+        x = torch.cat([first, torch.zeros_like(first)])
+        for layer, (hidden, activations, out) in zip(self.layers, saved):
+            k, (*inner, w3) = layer.kernels(), layer.radial
+            conv = lambda h, w3: kernels.DualConv.apply(k, geometry, hidden, activations, out, h, w3, *inner)
+            x = layer.fused(x, w3, conv, True)
+        energy = self.config["scale"] * (x @ (self.readout[0] * len(self.readout[0]) ** -0.5)).flatten()
+        return energy[: len(first)] + self.config["shift"], energy[len(first) :]
+
     def forward(self, numbers, vectors, senders, row_ptr):
         """Energy of each atom, eV, (A,) float64, without E0.
 
         numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv.
         """
         c = self.config
-        conv = choose_conv(self.conv, vectors.device)
+        conv = choose_conv(self.conv, vectors.device, self.readout[0].dtype)
+        if conv == "fused":
+            return self.fused(numbers, vectors, senders, row_ptr)[0]
         dtype = self.readout[0].dtype
         r = torch.linalg.vector_norm(vectors, dim=1)
         basis = radial_basis(r, c["cutoff"], c["n_basis"], c["polynomial_p"]).to(dtype)  # (E, 8)
@@ -371,11 +436,16 @@ def energy_forces_stress(model, batch, create_graph=False):
     (g,) = torch.autograd.grad(total, vectors, create_graph=create_graph)
     if not create_graph:
         atom_energy = atom_energy.detach()
+    return assemble(model, batch, atom_energy, g)
+
+
+def assemble(model, batch, atom_energy, g):
+    """Energies, forces and stresses from the atoms' energies and g = dE/dvector (E, 3)."""
     n_atoms, n_structures = len(batch.numbers), len(batch.cell)
     energy = atom_energy + model.e0[model.species[batch.numbers]]
     energy = g.new_zeros(n_structures).index_add(0, batch.structure, energy)
     forces = g.new_zeros(n_atoms, 3).index_add(0, batch.receivers, g).index_add(0, batch.senders, -g)
-    virial = (vectors.detach()[:, :, None] * g[:, None, :]).flatten(1)  # (E, 9)
+    virial = (batch.vectors[:, :, None] * g[:, None, :]).flatten(1)  # (E, 9)
     virial = g.new_zeros(n_atoms, 9).index_add(0, batch.receivers, virial)  # first atoms, then structures:
     virial = g.new_zeros(n_structures, 9).index_add(0, batch.structure, virial)  # fewer atomics on one address
     virial = virial.view(-1, 3, 3)

@@ -160,7 +160,7 @@ def test_openequivariance_equals_plain_torch():
     for conv in ("torch", "oeq"):
         model = small_model(**config).cuda()
         model.conv = conv
-        batch_loss(model, b, (20, 20, 5), (5, 20, 1)).backward()
+        batch_loss(b, energy_forces_stress(model, b, create_graph=True), (20, 20, 5), (5, 20, 1)).backward()
         grads[conv] = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (grads["oeq"] - grads["torch"]).norm() < 1e-10 * grads["torch"].norm()
 
@@ -208,7 +208,7 @@ def test_loss_gradient_by_finite_differences(config):
     b.stress = torch.where(b.pbc.all(1)[:, None, None], torch.randn(5, 3, 3, dtype=torch.float64), torch.nan)
 
     def loss():
-        return batch_loss(model, b, (20, 20, 5), (5, len(b.numbers), 18))
+        return batch_loss(b, energy_forces_stress(model, b, create_graph=True), (20, 20, 5), (5, len(b.numbers), 18))
 
     params = list(model.parameters())
     loss().backward(inputs=params)

@@ -73,7 +73,7 @@ class Args:
     dtype: str = arg("float32", "of the network", choices=["float32", "float64"])
     # how it runs; none of these changes the result but by rounding
     tf32: bool = arg(False, "TensorFloat32 for dense products on CUDA")
-    conv: str = arg("auto", "convolution", choices=["auto", "torch", "oeq"])
+    conv: str = arg("auto", "convolution", choices=["auto", "torch", "oeq", "fused"])
     device: str = arg("", "where (default: cuda if there is one)", choices=["cpu", "cuda"])
     max_edges: int = arg(0, "edges in a micro-batch (default: from the free memory)")
     eval_every: int = arg(0, "steps between validations (default: one an epoch, at least 10 in all)")
@@ -109,9 +109,8 @@ def parse_args(argv=None):
 # Loss and errors
 
 
-def differences(model, batch, create_graph=False):
+def differences(batch, predicted):
     """dE/n (S,), dF (A, 3), d stress (S, 3, 3) against the labels, and where each label exists; 0 elsewhere."""
-    predicted = energy_forces_stress(model, batch, create_graph)
     out = []
     for p, label in zip(predicted, (batch.energy, batch.forces, batch.stress)):
         there = torch.isfinite(label)
@@ -120,14 +119,36 @@ def differences(model, batch, create_graph=False):
     return out
 
 
-def batch_loss(model, batch, weights, counts):
+def batch_loss(batch, predicted, weights, counts):
     """This batch's share of the loss: sums over its structures, divided by the counts of the whole step.
 
     20 mean |dE|/n + 20 mean |dF| (length of the vector) + 5 mean |d stress| (components).
     """
-    de, _, df, _, ds, _ = differences(model, batch, create_graph=True)
+    de, _, df, _, ds, _ = differences(batch, predicted)
     sums = de.abs().sum(), torch.linalg.vector_norm(df, dim=1).sum(), ds.abs().sum()
     return sum(w * s / max(n, 1) for w, s, n in zip(weights, sums, counts))
+
+
+def loss_and_gradient(model, batch, weights, counts):
+    """This batch's share of the loss, whose gradient is added to the weights'.
+
+    Forces and stress are linear in g = dE/dvector, so the gradient of the loss L(E, g) by the weights is that of
+    sum_atoms (dL/dE) E + D, where D is the derivative of the energy along the edge vectors' direction dL/dg. With fused
+    kernels D is computed forward, as a tangent, and nothing is differentiated twice; elsewhere autograd does that.
+    """
+    if nequix.choose_conv(model.conv, batch.vectors.device, model.readout[0].dtype) != "fused":
+        loss = batch_loss(batch, energy_forces_stress(model, batch, create_graph=True), weights, counts)
+        loss.backward(inputs=list(model.parameters()))
+        return loss.detach()
+    vectors = batch.vectors.detach().requires_grad_()
+    energy, state = model.fused(batch.numbers, vectors, batch.senders, batch.row_ptr)
+    (g,) = torch.autograd.grad(energy.sum() + 0 * vectors.sum(), vectors)
+    energy, g = energy.detach().requires_grad_(), g.requires_grad_()
+    loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
+    by_energy, direction = torch.autograd.grad(loss, (energy, g))
+    energy, derivative = model.fused_tangent(batch.vectors, direction, state)
+    (by_energy @ energy.double() + derivative.sum()).backward(inputs=list(model.parameters()))
+    return loss.detach()
 
 
 def label_counts(packed, indices):
@@ -145,7 +166,7 @@ def evaluate(model, packed, indices, max_edges, rank=0, ranks=1):
     mine = deal(indices, packed.n_edges, ranks)[rank]
     pieces = micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
     for batch in prefetch(packed, tqdm(pieces, "validation", leave=False, disable=None if rank == 0 else True)):
-        de, has_e, df, has_f, ds, has_s = differences(model, batch)
+        de, has_e, df, has_f, ds, has_s = differences(batch, energy_forces_stress(model, batch))
         e0 = model.e0[model.species[batch.numbers]]
         e0 = e0.new_zeros(len(batch.cell)).index_add(0, batch.structure, e0)
         n = batch.n_atoms[:, None, None]
@@ -180,7 +201,7 @@ def default_max_edges(model, device):
     for layer in model.layers:
         w = layer.radial[-1].shape[1]
         messages = sum((2 * l + 1) * m for l, m in enumerate(layer.muls_mid))
-        floats += w if nequix.choose_conv(model.conv, device) == "oeq" else w + 2 * messages
+        floats += dict(torch=w + 2 * messages, oeq=w, fused=100)[nequix.choose_conv(model.conv, device, model.readout[0].dtype)]
     return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / (12 * 4 * floats)), 10_000)
 
 
@@ -440,7 +461,7 @@ def train(a, device, dtype, rank, ranks):
     # Warm-up outside the clock: kernels are built, and the gradient thrown away.
     if step < total:
         first = micro_batches(step_indices(train_frames, a.batch, a.seed, step)[:2], packed.n_atoms, packed.n_edges, 1e9, 1e9)
-        batch_loss(model, packed.batch(first[0]), weights, (1, 1, 1)).backward(inputs=params)
+        loss_and_gradient(model, packed.batch(first[0]), weights, (1, 1, 1))
         flat.zero_()
     if not history:
         validate()
@@ -454,13 +475,11 @@ def train(a, device, dtype, rank, ranks):
         fits = True
         try:
             for _ in pieces_of(step):
-                loss = batch_loss(model, next(batches), weights, counts)
-                loss.backward(inputs=params)
-                flat[-2] += loss.detach()
+                flat[-2] += loss_and_gradient(model, next(batches), weights, counts)
         except torch.cuda.OutOfMemoryError:
             fits = False
         if not fits:  # outside the handler, which holds on to the failed graph: the step again, in smaller pieces
-            loss, max_edges = None, max_edges // 2
+            max_edges //= 2
             flat.zero_()
             torch.cuda.empty_cache()
             if max_edges < 1000:

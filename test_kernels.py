@@ -1,0 +1,148 @@
+"""The fused kernels against plain torch in float64. On a GPU: python -m pytest -s test_kernels.py"""
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, molecule
+
+import kernels
+import model as nequix
+from data import make_batch
+from model import Nequix, energy_forces_stress, fused_kernels, torch_conv
+from test_model import needs_shared, SHARED
+from train import loss_and_gradient
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CUDA = torch.device("cuda")
+
+
+def distance(a, b):
+    """Relative, in the Frobenius norm."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+SHAPES = [  # channels of x, lmax, channels of the result: the three of the paper's model, then others
+    ((128, 64, 32, 32), 3, (128, 64, 32, 32)),
+    ((89,), 3, (128, 64, 32, 32)),
+    ((128, 64, 32, 32), 3, (128,)),
+    ((64, 32), 1, (64, 32)),
+    ((16, 8, 24), 2, (16, 8, 24)),
+    ((5, 3, 2, 1), 3, (4, 6, 2, 1)),
+    ((12,), 0, (7,)),
+]
+
+
+@needs_cuda
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "tf32"])
+@pytest.mark.parametrize("muls, lmax, muls_out", SHAPES)
+def test_kernels(muls, lmax, muls_out, exact):
+    torch.manual_seed(0)
+    k = fused_kernels(muls, muls_out, lmax, 64, exact, True, CUDA)
+    n = 50
+    counts = torch.randint(0, 60, (n,))
+    counts[:3] = torch.tensor([0, 1, 300])
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(CUDA)
+    e = int(counts.sum())
+    senders = torch.randint(0, n, (e,), device=CUDA)
+    randn = lambda *shape: torch.randn(*shape, device=CUDA)
+    x, sh, rd, w3 = randn(2, n, k.x_dim), randn(2, e, k.sh_dim), randn(e), randn(64, k.w_dim) / 8
+    hidden, gy = randn(2, e, 64), randn(2, n, k.y_dim)
+
+    # Reference: values and tangents, the tangent as what it is, a sum of three convolutions
+    conv = torch_conv(muls, lmax, len(muls_out) - 1, torch.float64, CUDA)
+    X, S, H, W = (t.double().requires_grad_() for t in (x, sh, hidden, w3))
+    y = conv(X[0], S[0], H[0], W, senders, row_ptr)
+    yd = conv(X[1], S[0], H[0], W, senders, row_ptr) + conv(X[0], S[1], H[0], W, senders, row_ptr)
+    yd = yd + conv(X[0], S[0], H[1] * rd.double()[:, None], W, senders, row_ptr)
+    first = torch.autograd.grad(y, (X, S, H), gy[0].double(), retain_graph=True)
+    both = torch.autograd.grad((y * gy[0].double()).sum() + (yd * gy[1].double()).sum(), (X, S, H, W))
+
+    stored = k.stored(hidden)
+    edges = sh[0], stored[0], w3, senders, row_ptr
+    tangents = dict(xd=x[1], shd=sh[1], slope=stored[1], rd=rd)
+    error = {}
+    error["y"] = distance(k.forward("forward_false", torch.full_like(gy[0], torch.nan), x[0], *edges), y)
+    error["yd"] = distance(k.forward("forward_true", torch.full_like(gy[0], torch.nan), x[0], *edges, **tangents), yd)
+    gx, gsh, gr = torch.zeros_like(x[0]), torch.zeros_like(sh[0]), torch.zeros_like(rd)
+    k.backward(0, x[0], *edges, gy[0], slope=stored[1], gx=gx, gsh=gsh, gr=gr)
+    error["0 x"], error["0 sh"] = distance(gx, first[0][0]), distance(gsh, first[1][0])
+    error["0 r"] = distance(gr, (first[2][0] * H[1]).sum(1).detach())
+    gx, gh = torch.zeros_like(x), torch.zeros_like(hidden)
+    k.backward(2, x[0], *edges, gy[0], gyd=gy[1], gx=gx, gxd=gx[1], gh=gh, gslope=gh[1], **tangents)
+    error["2 x"], error["2 h"] = distance(gx, both[0]), distance(gh, both[2])
+    error["2 w"] = distance(k.weight_grad(x[0], stored[0], senders, row_ptr, gy[0], sh=sh[0], gyd=gy[1], **tangents), both[3])
+    print({name: f"{v:.1e}" for name, v in error.items()})
+    assert max(error.values()) < (1e-6 if exact else 1e-3)
+
+
+def batch_on(device, structures, labels=True):
+    f = dict(dtype=torch.float64, device=device)
+    numbers = torch.tensor(np.concatenate([a.numbers for a in structures]), device=device)
+    positions = torch.tensor(np.concatenate([a.positions for a in structures]), **f)
+    cell = torch.tensor(np.stack([a.cell.array for a in structures]), **f)
+    pbc = torch.tensor(np.stack([a.pbc for a in structures]), device=device)
+    n = torch.tensor([len(a) for a in structures], device=device)
+    g = torch.Generator().manual_seed(1)
+    rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device)
+    labels = dict(energy=rand(len(n)), forces=rand(len(positions), 3), stress=rand(len(n), 3, 3))
+    return make_batch(numbers, positions, cell, pbc, n, 6.0, **labels)
+
+
+def structures():
+    rng, out = np.random.default_rng(0), [bulk("Si"), bulk("NaCl", "rocksalt", 5.6) * (2, 1, 1), bulk("Fe") * (2, 2, 2)]
+    out += [molecule("C2H6"), molecule("H2O")]
+    for a in out:
+        a.rattle(0.1, rng=rng)
+    return out
+
+
+def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o"):
+    torch.manual_seed(2)
+    stats = dict(avg_n_neighbors=40.0, scale=0.8, shift=0.1, atomic_numbers=[1, 6, 8, 11, 14, 17, 26], atom_energies=[0.0] * 7)
+    model = Nequix({**stats, "norm": norm, "hidden": hidden, "lmax": hidden.count("+")})
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn_like(p)
+    return model.to(CUDA)
+
+
+def gradients(model, batch, conv, dtype):
+    model.conv = conv
+    model = model.to(dtype).requires_grad_()
+    model.zero_grad()
+    loss = loss_and_gradient(model, batch, (20.0, 20.0, 500.0), (5, len(batch.numbers), 27))
+    efs = [t.detach() for t in energy_forces_stress(model, batch)]
+    return loss, efs, [p.grad.clone() for p in model.parameters()]
+
+
+def compare_gradients(model, exact):
+    batch = batch_on(CUDA, structures())
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    try:
+        loss, efs, grads = gradients(model, batch, "fused", torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        ref_loss, ref_efs, ref = gradients(model, batch, "torch", torch.float64)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    names = [n for n, _ in model.named_parameters()]
+    errors = {n: distance(a, b) for n, a, b in zip(names, grads, ref)}
+    total = distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in ref]))
+    worst = max(errors, key=errors.get)
+    force = distance(efs[1], ref_efs[1])
+    print(f"gradient {total:.1e}, worst {worst} {errors[worst]:.1e}, loss {abs(loss / ref_loss - 1):.1e}, forces {force:.1e}")
+    assert total < (1e-3 if exact else 1e-2) and abs(loss / ref_loss - 1) < (1e-5 if exact else 1e-2)
+    assert torch.allclose(efs[0], ref_efs[0], rtol=0, atol=1e-4 if exact else 1e-1)
+
+
+@needs_cuda
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "tf32"])
+@pytest.mark.parametrize("options", [{}, dict(norm=False), dict(hidden="24x0e+12x1o")], ids=str)
+def test_loss_gradient_of_random_weights(options, exact):
+    compare_gradients(random_model(**options), exact)
+
+
+@needs_cuda
+@needs_shared
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "tf32"])
+def test_loss_gradient_of_released_weights(exact):
+    compare_gradients(nequix.load(SHARED / "weights/nequix-mp-1.nqx", CUDA), exact)
