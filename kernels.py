@@ -182,6 +182,19 @@ DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const Hidden* 
 #endif
 }
 
+// Into the L1 cache, by an asynchronous copy to where nobody reads: no register waits for it. Loads of the next tile are
+// announced so while this one is worked on.
+DEV void touch(const void* p) {
+  __shared__ float4 nowhere[128];
+  const unsigned to = (unsigned)__cvta_generic_to_shared(nowhere + threadIdx.x);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"(to), "l"((i64)p & ~15ll));
+}
+// 32-byte sectors of `bytes` at edge `lane % EDGES` of a row-wise array
+template <int EDGES>
+DEV void touch_row(const void* p, i64 edge, int bytes, int lane) {
+  for (int i = lane / EDGES * 32; i < bytes; i += 1024 / EDGES) touch((const char*)p + edge * bytes + i);
+}
+
 DEV void put(float (&w)[4], int slot, int c, float v) {
   w[c] = slot ? w[c] : v;
   w[2 + c] = slot ? v : w[2 + c];
@@ -212,6 +225,13 @@ DEV void load_x(float (&x)[D1], float (&x1)[D1], const float* __restrict__ feat,
     Pair v = load2(feat + atom * XDIM + XOFF + m * MUL + u, second);
     x[m] = v.v[0]; x1[m] = v.v[1];
   }}
+}}
+
+// features of channels u.. at the senders of a tile; lane % EDGES has sender j
+template <int EDGES>
+DEV void touch_x(const float* x, i64 j, int u, int channels, int lane) {{
+  for (int i = lane / EDGES; i < D1 * channels / 8; i += 32 / EDGES)
+    touch(x + j * XDIM + XOFF + i % D1 * MUL + min(u + i / D1 * 8, MUL - 1));
 }}
 
 DEV void stage(Hidden* w3, const float* __restrict__ source, int u0, int octets) {{
@@ -251,8 +271,17 @@ DEV void forward(const Args& A, int u0, Hidden* smem) {{
     for (i64 e0 = begin; e0 < end; e0 += 16) {{
       const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
       float w[OCTETS * NP][4], wd[TANGENT ? OCTETS * NP : 1][4];
+      const i64 next = min(min(e0 + 16, end) + lane % 16, A.n_edges - 1), jn = A.senders[next];
       radial<OCTETS * NP>(w, A.hidden, ea, eb, w3, g, q);
       if constexpr (TANGENT) radial<OCTETS * NP>(wd, A.slope, ea, eb, w3, g, q);
+      touch_x<16>(A.x, jn, first[0] - 2 * q, 8 * OCTETS, lane);
+      touch_row<16>(A.sh, next, 4 * SH, lane);
+      touch_row<16>(A.hidden, next, sizeof(Hidden) * K, lane);
+      if constexpr (TANGENT) {{
+        touch_x<16>(A.xd, jn, first[0] - 2 * q, 8 * OCTETS, lane);
+        touch_row<16>(A.shd, next, 4 * SH, lane);
+        touch_row<16>(A.slope, next, sizeof(Hidden) * K, lane);
+      }}
       const i64 ja = A.senders[ea], jb = A.senders[eb];
 FORWARD_UNROLL
       for (int t = 0; t < 2; t++) {{
@@ -287,9 +316,13 @@ template <int MODE>
 DEV void backward(const Args& A, int u0, Hidden* smem) {{
   const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   stage(smem, A.w3, u0, octets);
-  const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
-  for (int node = blockIdx.x * A.chunk + warp; node < last; node += {WARPS}) {{
+  const int run = A.chunk / {WARPS}, start = blockIdx.x * A.chunk + warp * run, last = min(A.n_atoms, start + run);
+  for (int node = start; node < last; node++) {{
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
+    if (node + 1 < last) {{
+      touch_gy(A.gy + (i64)(node + 1) * YDIM + u0, 8 * octets, lane);
+      if constexpr (MODE == 2) touch_gy(A.gyd + (i64)(node + 1) * YDIM + u0, 8 * octets, lane);
+    }}
     for (i64 e0 = begin; e0 < end; e0 += 16) {{
       const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
       float gs[MODE == 2 ? 1 : 2][4 * SH4], gr[2] = {{0, 0}};
@@ -297,8 +330,18 @@ DEV void backward(const Args& A, int u0, Hidden* smem) {{
       if constexpr (MODE != 2) EACH(i, 4 * SH4) gs[0][i] = gs[1][i] = 0;
       if constexpr (MODE != 0) EACH(n, K / 8) EACH(i, 4) gh[n][i] = 0;
       if constexpr (MODE == 2) EACH(n, K / 8) EACH(i, 4) gh2[n][i] = 0;
+      const i64 here = min(e0 + lane % 16, A.n_edges - 1), next = min(min(e0 + 16, end) + lane % 16, A.n_edges - 1);
+      const i64 j_here = A.senders[here], j_next = A.senders[next];
+      touch_row<16>(A.sh, next, 4 * SH, lane);
+      touch_row<16>(A.hidden, next, sizeof(Hidden) * K, lane);
+      if constexpr (MODE != 1) touch_row<16>(A.slope, next, sizeof(Hidden) * K, lane);
+      if constexpr (MODE == 2) touch_row<16>(A.shd, next, 4 * SH, lane);
 #pragma unroll 1
       for (int o = 0; o < octets; o++) {{
+        const i64 j_soon = o + 1 < octets ? j_here : j_next;
+        const int u_soon = o + 1 < octets ? u0 + 8 * o + 8 : u0;
+        touch_x<16>(A.x, j_soon, u_soon, 8, lane);
+        if constexpr (MODE == 2) touch_x<16>(A.xd, j_soon, u_soon, 8, lane);
         const Hidden* w3 = smem + o * NP * PLANE;
         const int first = u0 + 8 * o + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
         float w[NP][4], wd[MODE == 1 ? 1 : NP][4];
@@ -320,20 +363,16 @@ DEV void backward(const Args& A, int u0, Hidden* smem) {{
           }}
           const float* gy = A.gy + (i64)node * YDIM + u;
           if constexpr (MODE == 2) {{
-            float xd[2][D1], gxd[2][D1], sd[SH];
-            EACH(m, D1) gxd[0][m] = gxd[1][m] = 0;
+            float xd[2][D1], sd[SH];
             const float rd = A.rd[e];
             load_x(xd[0], xd[1], A.xd, j, u, second);
             load_sh(sd, A.shd, e);
             EACH(p, NP) EACH(c, 2) vd[c][p] *= rd;
-            dual_back(gx, gxd, x, xd, s, sd, v, vd, gy, A.gyd + (i64)node * YDIM + u, second);
+            dual_back(gx, x, xd, s, sd, v, vd, gy, A.gyd + (i64)node * YDIM + u, second);
             EACH(p, NP) EACH(c, 2) {{
               put(w[p], t, c, valid * v[c][p]);
               put(wd[p], t, c, valid * rd * vd[c][p]);
             }}
-            if (live && first < MUL)
-              EACH(m, D1)
-                add2(A.gxd + j * XDIM + XOFF + m * MUL + u, gxd[0][m], gxd[1][m], second);
           }} else {{
             message_back(gx, gs[t], x, s, v, gy, second);
             EACH(p, NP) EACH(c, 2) {{
@@ -392,7 +431,8 @@ struct Args {
   const float *x, *xd, *sh, *shd, *rd, *w3, *gy, *gyd;
   const Hidden *hidden, *slope;
   const i64 *senders, *row_ptr;
-  float *out, *gx, *gxd, *gsh, *gr, *gh, *gslope, *gw3;
+  float *out, *gx, *gsh, *gr, *gh, *gslope, *gw3;
+  i64 n_edges;
   int n_atoms, chunk;
 };
 DEV void red4(float* p, float a, float b, float c, float d) {
@@ -419,8 +459,8 @@ DEV void weight_grad(const Args& A, int u0) {{
   const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   float acc[NP][K / 8][4];
   EACH(p, NP) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
-  const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
-  for (int node = blockIdx.x * A.chunk + warp / {groups}; node < last; node += {WARPS} / {groups}) {{
+  const int run = A.chunk / ({WARPS} / {groups}), start = blockIdx.x * A.chunk + warp / {groups} * run, last = min(A.n_atoms, start + run);
+  for (int node = start; node < last; node++) {{
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
     float gy[2][OUT], gyd[2][OUT];
     load_gy(gy, A.gy + (i64)node * YDIM + u, second);
@@ -428,6 +468,7 @@ DEV void weight_grad(const Args& A, int u0) {{
     for (i64 e0 = begin; e0 < end; e0 += 8) {{
       float a[NP][4], ad[DUAL ? NP : 1][4];
       const i64 ea = min(e0 + 2 * q, end - 1), eb = min(e0 + 2 * q + 1, end - 1);
+      const i64 next = min(min(e0 + 8, end) + lane % 8, A.n_edges - 1), jn = A.senders[next];
       EACH(t, 2) {{
         const i64 e = t ? eb : ea, j = A.senders[e];
         const float valid = e0 + 2 * q + t < end;
@@ -445,6 +486,14 @@ DEV void weight_grad(const Args& A, int u0) {{
           message_weights(v, x, s, gy);
         }}
         EACH(p, NP) EACH(c, 2) a[p][2 * t + c] = valid * v[c][p];
+      }}
+      touch_x<8>(A.x, jn, u0, 16, lane);
+      touch_row<8>(A.sh, next, 4 * SH, lane);
+      touch_row<8>(A.hidden, next, sizeof(Hidden) * K, lane);
+      if constexpr (DUAL) {{
+        touch_x<8>(A.xd, jn, u0, 16, lane);
+        touch_row<8>(A.shd, next, 4 * SH, lane);
+        touch_row<8>(A.slope, next, sizeof(Hidden) * K, lane);
       }}
       // column n of b stands for row K/8 n' + n of w3, n' its number in the product: 8 in a row are one load
       EACH(k, K / 64) {{
@@ -748,8 +797,8 @@ def generate_message_back(paths):
 
 
 def generate_dual_back(paths):
-    """With b = M gd, d = M g + Md gd:  gx += W d + Wd b;  gxd += W b;  W <- x^T d + xd^T b;  Wd <- x^T b"""
-    out = ["DEV void dual_back(float (&gx)[2][D1], float (&gxd)[2][D1], const float (&x)[2][D1], const float (&xd)[2][D1],"]
+    """With b = M gd, d = M g + Md gd:  gx += W d + Wd b;  W <- x^T d + xd^T b;  Wd <- x^T b"""
+    out = ["DEV void dual_back(float (&gx)[2][D1], const float (&x)[2][D1], const float (&xd)[2][D1],"]
     out += ["    const float (&s)[SH], const float (&sd)[SH], float (&w)[2][NP], float (&wd)[2][NP],"]
     out += ["    const float* __restrict__ gy, const float* __restrict__ gyd, int second) {"]
     for p in paths:
@@ -761,7 +810,6 @@ def generate_dual_back(paths):
         for a in b:
             out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};"]
             out += [f"      gx[c][{a}] += w[c][{p.i}] * d{a}; gx[c][{a}] += wd[c][{p.i}] * b{a};"]
-            out += [f"      gxd[c][{a}] += w[c][{p.i}] * b{a};"]
         out += [f"      w[c][{p.i}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
         out += [f"      wd[c][{p.i}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
     return "\n".join([*out, "}"])
@@ -789,6 +837,15 @@ def generate_weights(paths):
         out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
         out += [f"      wd[c][{k}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
     return "\n".join([*out, "}"])
+
+
+def generate_touch(paths):
+    """The rows of a node's gradient, 8 channels a sector"""
+    at = [p.y + m * p.stride for p in paths for m in p.outputs()]
+    out = [f"__constant__ const int AT[OUT] = {{{', '.join(map(str, at))}}};"]
+    out += ["DEV void touch_gy(const float* gy, int channels, int lane) {"]
+    out += ["  for (int i = lane; i < OUT * channels / 8; i += 32) touch(gy + AT[i % OUT] + i / OUT * 8);", "}"]
+    return "\n".join(out)
 
 
 def generate_store(paths):
@@ -836,7 +893,7 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
                 mine.append(Coupling(len(mine), l1, l2, l3, cg, offset, y_off[l3] + c, mid[l3]))
                 offset += 2 * l3 + 1
         at = [c for c, (_, m, _, _) in zip(columns, paths) if m == l1]
-        generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store
+        generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store, generate_touch
         octets = 2 if l1 < TWO_OCTETS and muls[l1] % 16 == 0 else 1
         fill = dict(OCTETS=octets, L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
         code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)).replace("FORWARD_UNROLL", FORWARD_UNROLL))
@@ -875,8 +932,9 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
 
 
 class Args(ctypes.Structure):
-    POINTERS = "x xd sh shd rd w3 gy gyd hidden slope senders row_ptr out gx gxd gsh gr gh gslope gw3".split()
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
+    POINTERS = "x xd sh shd rd w3 gy gyd hidden slope senders row_ptr out gx gsh gr gh gslope gw3".split()
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_edges", ctypes.c_longlong)]
+    _fields_ += [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
 
 
 def check(status, what):
@@ -969,24 +1027,26 @@ class Kernels:
         n = len(x)
         if n:
             chunk, grid = self.grid(n, 1, 16)
-            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
+            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_edges=len(senders), n_atoms=n, chunk=chunk)
             self.launch(name, grid, Args, **base, out=out, **tangents)
         return out
 
     def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, **tensors):
-        """Adds to the gradients given, what `mode` of the kernel says: gx, gsh, gr; gx, gsh, gh; gx, gxd, gh, gslope."""
+        """Adds to the gradients given, what `mode` of the kernel says: gx, gsh, gr; gx, gsh, gh; gx, gh, gslope."""
         n = len(x)
         if n and len(senders):
-            chunk, grid = self.grid(n, WARPS, 8 * WARPS)
-            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
+            chunk, grid = self.grid(n, 1, 8)
+            chunk, grid = WARPS * chunk, (-(-grid[0] // WARPS), grid[1])
+            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_edges=len(senders), n_atoms=n, chunk=chunk)
             self.launch(f"backward_{mode}", grid, Args, **base, gy=gy, **tensors)
 
     def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
         n = len(x)
         blocks = min(-(-6 * self.n_sm // self.units), max(n // WARPS, 1))
+        chunk = -(-n // (blocks * WARPS)) * WARPS
         part = x.new_zeros(blocks * self.slots, self.width, self.w_dim)
         if n and len(senders):
-            base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=-(-n // blocks))
+            base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_edges=len(senders), n_atoms=n, chunk=chunk)
             kind = "true" if tangents else "false"
             self.launch(f"weight_grad_{kind}", (blocks, self.units), Args, **base, gy=gy, **tangents, gw3=part)
         return part.sum(0)
@@ -1031,31 +1091,33 @@ class Kernels:
 
 
 class ForceConv(torch.autograd.Function):
-    """The convolution as a function of x, sh and r, hidden[1] being d hidden[0] / dr. Writes to `out`, and returns it."""
+    """The convolution as a function of x, sh and r, hidden[1] being d hidden[0] / dr. Writes to `out`, and returns it; its
+    gradient by x goes to `gx`."""
 
     @staticmethod
-    def forward(ctx, k, x, sh, r, hidden, w3, senders, row_ptr, out):
-        ctx.k = k
+    def forward(ctx, k, x, sh, r, hidden, w3, senders, row_ptr, out, gx):
+        ctx.k, ctx.gx = k, gx
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
         return k.forward("forward_false", out, x, sh, hidden[0], w3, senders, row_ptr)
 
     @staticmethod
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
-        gx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        gx = ctx.gx.zero_() if ctx.needs_input_grad[1] else None
         gsh, gr = torch.zeros_like(sh), sh.new_zeros(len(sh))
         ctx.k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, gy.contiguous(), slope=hidden[1], gx=gx, gsh=gsh, gr=gr)
-        return None, gx, gsh, gr, None, None, None, None, None
+        return None, gx, gsh, gr, None, None, None, None, None, None
 
 
 class DualConv(torch.autograd.Function):
-    """The convolution and its tangent as a function of x (2A, ...) and the weights; `out` has the values already."""
+    """The convolution and its tangent as a function of x (2A, ...) and the weights. `out` has the values already, and `gx` the
+    gradient by the tangent of x: it is that of ForceConv, the energy's derivative being what its tangent is linear in."""
 
     @staticmethod
-    def forward(ctx, k, geometry, hidden, saved, out, x, w3, *inner):
+    def forward(ctx, k, geometry, hidden, saved, out, gx, x, w3, *inner):
         senders, row_ptr, sh, shd, rd = geometry
         n = len(x) // 2
-        ctx.k, ctx.geometry, ctx.saved, ctx.inner = k, geometry, saved, inner
+        ctx.k, ctx.geometry, ctx.saved, ctx.inner, ctx.gx = k, geometry, saved, inner, gx
         ctx.save_for_backward(x, w3, hidden)
         tangents = dict(xd=x[n:], shd=shd, slope=hidden[1], rd=rd)
         k.forward("forward_true", out[n:], x[:n], sh, hidden[0], w3, senders, row_ptr, **tangents)
@@ -1066,12 +1128,12 @@ class DualConv(torch.autograd.Function):
         x, w3, hidden = ctx.saved_tensors
         senders, row_ptr, sh, shd, rd = ctx.geometry
         k, n, gy = ctx.k, len(x) // 2, gy.contiguous()
-        gx, gh = torch.zeros_like(x), x.new_zeros(hidden.shape)
+        gx, gh = ctx.gx, x.new_zeros(hidden.shape)
+        gx[:n].zero_()
         tangents = dict(xd=x[n:], shd=shd, slope=hidden[1], rd=rd, gyd=gy[n:])
-        rest = dict(gx=gx, gxd=gx[n:], gh=gh, gslope=gh[1])
-        k.backward(2, x[:n], sh, hidden[0], w3, senders, row_ptr, gy, **tangents, **rest)
+        k.backward(2, x[:n], sh, hidden[0], w3, senders, row_ptr, gy, **tangents, gx=gx, gh=gh, gslope=gh[1])
         gw3 = k.weight_grad(x[:n], sh, hidden[0], senders, row_ptr, gy, **tangents)
-        return None, None, None, None, None, gx, gw3, *k.radial_back(gh, ctx.inner, ctx.saved)
+        return None, None, None, None, None, None, gx, gw3, *k.radial_back(gh, ctx.inner, ctx.saved)
 
 
 def degree(x, muls, l):

@@ -372,14 +372,14 @@ class Nequix(nn.Module):
             f = functools.partial(radial_basis, cutoff=c["cutoff"], n_basis=c["n_basis"], p=c["polynomial_p"])
             basis = torch.stack(torch.func.jvp(f, (r.detach(),), (torch.ones_like(r),))).float()  # and d/dr: (2, E, 8)
             first = one_hot(self.species[numbers], len(self.e0)).float()
-        x, saved = first, []
+        x, r32, saved = first, r.float(), []
         for layer in self.layers:
             k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
             hidden, activations = k.radial(basis, inner)
-            out = x.new_empty(2 * len(x), k.y_dim)  # its second half is for the tangent
-            saved.append((hidden, activations, out))
-            r32 = r.float()
-            conv = lambda h, w3: kernels.ForceConv.apply(k, h, sh, r32, hidden, w3, senders, row_ptr, out[: len(x)])
+            n = len(x)
+            out, gx = x.new_empty(2 * n, k.y_dim), x.new_zeros(2 * n, k.x_dim)  # values, then tangents: `fused_tangent` goes on
+            saved.append((hidden, activations, out, gx))
+            conv = lambda h, w3: kernels.ForceConv.apply(k, h, sh, r32, hidden, w3, senders, row_ptr, out[:n], gx[n:])
             x = layer.fused(x, w3, conv, False)
         energy = x @ (self.readout[0] * len(self.readout[0]) ** -0.5)
         return c["scale"] * energy.flatten().double() + c["shift"], (first, r.detach(), sh.detach(), senders, row_ptr, saved)
@@ -394,9 +394,9 @@ class Nequix(nn.Module):
             shd = torch.func.jvp(lambda u: spherical_harmonics(u, self.config["lmax"]), (u,), (ud,))[1].float()
         geometry = senders, row_ptr, sh, shd, rd.float()
         x = torch.cat([first, torch.zeros_like(first)])
-        for layer, (hidden, activations, out) in zip(self.layers, saved):
+        for layer, (hidden, activations, out, gx) in zip(self.layers, saved):
             k, (*inner, w3) = layer.kernels(), layer.radial
-            conv = lambda h, w3: kernels.DualConv.apply(k, geometry, hidden, activations, out, h, w3, *inner)
+            conv = lambda h, w3: kernels.DualConv.apply(k, geometry, hidden, activations, out, gx, h, w3, *inner)
             x = layer.fused(x, w3, conv, True)
         energy = self.config["scale"] * (x @ (self.readout[0] * len(self.readout[0]) ** -0.5)).flatten()
         return energy[: len(first)] + self.config["shift"], energy[len(first) :]
