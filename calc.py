@@ -290,6 +290,11 @@ class NequixCalculator(Calculator):
     def __init__(self, weights="nequix-mp-1", device=None, dtype="float32", conv="auto"):
         super().__init__()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: torch sees no CUDA device")
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f'dtype is "float32" or "float64", not "{dtype}"')
+        nequix.choose_conv(conv, self.device)
         self.model = nequix.load(weights, self.device, getattr(torch, dtype), conv)
         self.cutoff = self.model.config["cutoff"]
         self.listed = None  # of calculate(): a Batch up to cutoff + SKIN, and on the host where its atoms were
@@ -384,28 +389,27 @@ class NequixCalculator(Calculator):
         mask = None
         if cell_mask is not None and not np.all(cell_mask):
             mask = np.asarray(cell_mask, float)
+            if mask.shape not in ((6,), (3, 3)):
+                raise ValueError(f"cell_mask has shape {mask.shape}: it should be (6,) or (3, 3)")
             mask = torch.from_numpy(voigt_6_to_full_3x3_stress(mask) if mask.shape == (6,) else mask).to(self.device)
         stream, waiting, live, more = enumerate(atoms_iterable), deque(), [], True
         while True:
             load = sum(r["edges"] for r in live)
             while len(live) < 4096 and (waiting or more):
-                if waiting:
-                    r = waiting.popleft()
-                else:
+                if not waiting:
                     index, atoms = next(stream, (None, None))
-                    if more := index is not None:
-                        try:
-                            r = start(index, atoms, self.model, symprec)
-                        except ValueError as e:
-                            yield index, atoms, math.nan, False, 0, str(e)
-                            continue
-                    else:
+                    if index is None:
+                        more = False
                         break
-                if live and load + r["edges"] > self.edge_budget():
-                    waiting.appendleft(r)
+                    try:
+                        waiting.append(start(index, atoms, self.model, symprec))
+                    except ValueError as e:
+                        yield index, atoms, math.nan, False, 0, str(e)
+                        continue
+                if live and load + waiting[0]["edges"] > self.edge_budget():
                     break
-                live.append(r)
-                load += r["edges"]
+                live.append(waiting.popleft())
+                load += live[-1]["edges"]
             if not live:
                 return
 
@@ -477,7 +481,7 @@ def main():
     p.add_argument("--out", help="write the structures with their results; extxyz, or by the suffix what ASE writes")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
-    p.add_argument("--conv", default="auto", help="convolution, as in train.py")
+    p.add_argument("--conv", choices=["auto", "torch", "oeq"], default="auto", help="convolution")
     a, failed = p.parse_args(), 0
     try:
         calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
