@@ -150,9 +150,8 @@ def fire_step(s, forces, cell_forces, active, mask, symmetry):
     if symmetry or mask is not None:
         log_f = matrix_log((inverse(s["cell0"]) @ cell).mT)
     new |= dict(positions=positions, cell=cell, log_f=log_f)
-    for k, value in new.items():
-        on = active[structure] if k in PER_ATOM else active
-        s[k] = torch.where(on.view(-1, *[1] * (value.ndim - 1)), value, s[k])
+    on = {k: (active[structure] if k in PER_ATOM else active).view(-1, *[1] * (v.ndim - 1)) for k, v in new.items()}
+    s |= {k: torch.where(on[k], v, s[k]) for k, v in new.items()}  # all at once: memory may run out
 
 
 def row_times(rows, matrices, structure):
@@ -195,16 +194,18 @@ PER_STRUCTURE = "pbc n_atoms cell0 cell log_f cell_velocity dt mix downhill step
 
 
 def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
-    """Take steps with the packed state `s`, until a twentieth of the structures are finished or the list has served.
+    """Take steps with the packed state `s`, until a twentieth of the structures are finished.
 
     Returns on the host: finished and failed (S,); energy (S,), forces (A, 3), stress (S, 3, 3) of the finished ones.
     """
     cutoff, n = model.config["cutoff"], s["n_atoms"]
     structure = s["structure"] = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-    listed = data.make_batch(*(s[k] for k in ("numbers", "positions", "cell", "pbc", "n_atoms")), cutoff + SKIN)
-    listed.shifts = listed.shifts.double()
-    listed_positions, listed_inverse = s["positions"], inverse(s["cell"])
+    listed = None
     while True:
+        if listed is None:
+            listed = data.make_batch(*(s[k] for k in ("numbers", "positions", "cell", "pbc", "n_atoms")), cutoff + SKIN)
+            listed.shifts = listed.shifts.double()
+            inverse_cell = inverse(s["cell"])
         batch = at(listed, s["positions"], s["cell"], drop_beyond=cutoff)
         energy, forces, stress = results = energy_forces_stress(model, batch)
         if symmetry:
@@ -218,10 +219,12 @@ def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
         failed |= s["pbc"].all(1) & (s["step"] > 0) & (torch.linalg.det(s["cell"]).abs() < COLLAPSED * n)
         finished = s["converged"] | failed | (s["step"] >= steps)
         fire_step(s, forces, cell_forces, ~finished, mask, symmetry)
-        complete = still_complete(listed_positions, listed_inverse, s["positions"], s["cell"], structure, cutoff)
-        flags = torch.stack([finished, complete, failed]).cpu()  # the only wait for the GPU in a step, but for the edges
-        if flags[0].sum() >= max(len(n) / 20, 1) or not flags[1].all():
-            return flags[0].tolist(), flags[2].tolist(), *(x.cpu() for x in results)
+        complete = still_complete(listed.positions, inverse_cell, s["positions"], s["cell"], structure, cutoff)
+        flags = torch.stack([finished, failed, complete]).cpu()  # the only wait for the GPU in a step, but for the edges
+        if flags[0].sum() >= max(len(n) / 20, 1):
+            return flags[0].tolist(), flags[1].tolist(), *(x.cpu() for x in results)
+        if not flags[2].all():
+            listed = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
