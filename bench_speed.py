@@ -38,7 +38,8 @@ def crystal(symbol, n):
 
 def warm(atoms, kelvin=300):
     """Velocities of twice the temperature: from rest in a perfect crystal, half of it goes into the potential energy."""
-    momenta = np.random.default_rng(0).normal(size=(len(atoms), 3)) * np.sqrt(2 * units.kB * kelvin * atoms.get_masses())[:, None]
+    sigma = np.sqrt(2 * units.kB * kelvin * atoms.get_masses())[:, None]
+    momenta = sigma * np.random.default_rng(0).normal(size=(len(atoms), 3))
     atoms.set_momenta(momenta - momenta.mean(0))
 
 
@@ -71,8 +72,8 @@ def ase_steps(calc, sizes, steps):
                     energy_forces_stress(calc.model, batch)
             parts.append((clock(calc) - start) * 100)
         memory = torch.cuda.max_memory_allocated(calc.device) / 2**30 if calc.device.type == "cuda" else 0
-        numbers = f"{len(atoms):12}{len(calc.listed[0].senders):12}{1000 * np.mean(times):12.3f}{1000 * np.median(times):12.3f}{lists:12}"
-        print(f"{symbol:9}{numbers}" + "".join(f"{p:12.3f}" for p in parts) + f"{memory:12.2f}")
+        parts = [1000 * np.mean(times), 1000 * np.median(times), lists, *parts, memory]
+        print(f"{symbol:9}{len(atoms):12}{len(calc.listed[0].senders):12}" + "".join(f"{p:12.3f}" for p in parts))
 
 
 def relaxations(calc, path, n, fmax, steps, n_ase):
@@ -86,7 +87,8 @@ def relaxations(calc, path, n, fmax, steps, n_ase):
     seconds = clock(calc) - start
     converged, failed = sum(r[1] for r in results.values()), sum(r[3] is not None for r in results.values())
     taken = sum(r[2] for r in results.values())
-    print(f"{len(structures)} structures, {sum(map(len, structures)) / len(structures):.1f} atoms on average, of {path}: fmax {fmax}, {steps} steps")
+    size = sum(map(len, structures)) / len(structures)
+    print(f"{len(structures)} structures, {size:.1f} atoms on average, of {path}: fmax {fmax} eV/A, at most {steps} steps")
     print(f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end="")
     print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
 
@@ -99,7 +101,8 @@ def relaxations(calc, path, n, fmax, steps, n_ase):
         apart.append(1000 * abs(atoms.get_potential_energy() - results[i][0]) / len(atoms))
         same += done == results[i][1]
     one_by_one = (clock(calc) - start) / len(picks)
-    print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {one_by_one * len(structures) / seconds:.1f} times faster")
+    faster = one_by_one * len(structures) / seconds
+    print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
     print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
 
 
