@@ -335,6 +335,7 @@ class NequixCalculator(Calculator):
                     # Where edges are few, launches and not edges cost: then nothing waits for the GPU.
                     drop = self.cutoff if len(listed.senders) > 100_000 else None
                     return at(listed, positions.to(self.device), completed.to(self.device), drop)
+        numbers, positions, pbc, cell = (x.clone() for x in (numbers, positions, pbc, cell))  # those of atoms may change
         n_atoms, completed = torch.tensor([len(atoms)]), data.complete_cell(cell, pbc)
         on_device = [x.to(self.device) for x in (numbers, positions, completed, pbc, n_atoms)]
         listed = data.make_batch(*on_device, self.cutoff + SKIN)

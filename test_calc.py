@@ -145,6 +145,15 @@ def test_list_follows_every_change_of_the_atoms(calc):
                     np.testing.assert_allclose(atoms.get_forces(), forces, rtol=1e-9, atol=1e-9)
 
 
+def test_list_keeps_nothing_that_the_caller_may_change(calc):
+    atoms = bulk("NaCl", "rocksalt", 5.6)
+    calc.hessian(atoms)
+    atoms.positions[0] += 3.0
+    atoms.cell[0] *= 1.3
+    atoms.calc = calc
+    assert atoms.get_potential_energy() == pytest.approx(fresh(calc, atoms)[0][0], abs=1e-10)
+
+
 def test_many_edges_take_the_other_way(calc):
     """Beyond 100,000 edges those past the cutoff are dropped: the same to rounding."""
     atoms = bulk("Si", cubic=True) * 7  # 2,744 atoms
