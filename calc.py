@@ -52,7 +52,7 @@ def at(listed, positions, cell, drop_beyond=None):
     b.vectors = positions[b.senders] - positions[b.receivers]
     b.vectors += b.shifts @ cell[0] if len(cell) == 1 else data.shift_vectors(b.shifts, cell, b.structure[b.receivers])
     if drop_beyond is not None:
-        keep = b.vectors.square().sum(1) < drop_beyond**2
+        keep = (b.vectors.square().sum(1) < drop_beyond**2).nonzero()[:, 0]
         b.senders, b.receivers, b.shifts, b.vectors = (x[keep] for x in (b.senders, b.receivers, b.shifts, b.vectors))
         b.row_ptr = torch.searchsorted(b.receivers, torch.arange(len(positions) + 1, device=positions.device))
     return b

@@ -3,7 +3,7 @@
     python train.py                                                     # data/mptrj if it is packed, else data/sample
     torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32       # the same global batch, dealt to two GPUs
     python train.py --validate nequix-mp-1 --data data/mptrj --frames 200
-    python train.py --init nequix-mp-1 --refit-e0 --data data/mine --lr 3e-4 --epochs 10     # fine-tuning
+    python train.py --init nequix-mp-1 --refit-e0 --data data/mine --lr 5e-3 --epochs 10     # fine-tuning
 
 Rerunning a command resumes its run exactly; Ctrl-C and SIGTERM save first. The defaults are Table A.1 of the paper, with
 Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, model.pt (EMA weights), curve.png.
