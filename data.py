@@ -369,10 +369,8 @@ def prefetch(packed, pieces):
 # Packing
 
 
-def frame_arrays(atoms, name, max_force, need_stress):
-    """The arrays of one frame, labels as ASE holds them before constraints. Raises ValueError: what is wrong with it."""
-    results = atoms.calc.results if atoms.calc else {}
-    energy, forces, stress = (results.get(k) for k in ("energy", "forces", "stress"))
+def check_geometry(atoms):
+    """Raises ValueError: why there can be no neighbour list of an ASE Atoms."""
     if len(atoms) == 0:
         raise ValueError("no atoms")
     if atoms.numbers.min() < 1:
@@ -382,6 +380,13 @@ def frame_arrays(atoms, name, max_force, need_stress):
     periodic = atoms.cell.array[atoms.pbc]
     if len(periodic) and np.linalg.det(periodic @ periodic.T) < 1e-6:
         raise ValueError("a periodic cell of zero volume")
+
+
+def frame_arrays(atoms, name, max_force, need_stress):
+    """The arrays of one frame, labels as ASE holds them before constraints. Raises ValueError: what is wrong with it."""
+    results = atoms.calc.results if atoms.calc else {}
+    energy, forces, stress = (results.get(k) for k in ("energy", "forces", "stress"))
+    check_geometry(atoms)
     if not (atoms.pbc.all() and need_stress):
         stress = np.full((3, 3), np.nan)
     elif np.shape(stress) == (6,):

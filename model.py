@@ -1,7 +1,7 @@
 """Nequix: the model of "Training a Foundation Model for Materials on a Budget" (Koker, Kotak, Smidt 2025,
 arXiv:2508.16067), a simplified NequIP (Batzner et al. 2022) with an equivariant RMSNorm, in plain PyTorch.
 
-    model = load("nequix-mp-1.nqx")                             # released weights or our own checkpoints
+    model = load("nequix-mp-1")                                 # released weights by name; .nqx files; our checkpoints
     energy, forces, stress = energy_forces_stress(model, batch)   # a Batch of data.py
 
 Reads top to bottom as the paper does: radial basis, spherical harmonics, convolution, layer, model, derivatives, files.
@@ -13,11 +13,15 @@ float64 always: it costs nothing beside the network and takes most of the roundi
 """
 
 import functools
+import hashlib
+import http.client
 import json
 import math
 import os
 import re
+import urllib.request
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -466,13 +470,61 @@ def save(path, model):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, device="cpu", dtype=torch.float32, conv="auto"):
-    """A model from our checkpoint or an official `.nqx` file, in evaluation form (no gradients for the weights).
+RELEASED = {  # name: commit of github.com/atomicarchitects/nequix, sha256 of its models/<name>.nqx
+    "nequix-mp-1": (
+        "7c2854de8e754b1a60274c7d9d2e014989ed632e",
+        "1647af8e627e1afa11e2bfadeab0797326513a521afd7dd01606a96f56783eee",
+    ),
+    "nequix-mp-1-pft": (
+        "7c2854de8e754b1a60274c7d9d2e014989ed632e",
+        "a88aeaed71fd447572dc57af21d469207d7737b85a6dbb66f8c38156f175c5f1",
+    ),
+    "nequix-oam-1": (
+        "9c852a9c4cce69ae5e75bc5a2cf670be21ff8c28",
+        "6a43475eaeb32a7a049f36c1306d78aa1e7a17e8af37aeda7901c8fec0ca845c",
+    ),
+}
 
-    Raises FileNotFoundError, or ValueError with a one-line reason for a file that is neither, damaged or not supported.
+
+def released(name):
+    """The path of released weights in the cache, downloaded if they are not there yet. Raises OSError or ValueError."""
+    commit, sha256 = RELEASED[name]
+    url = f"https://github.com/atomicarchitects/nequix/raw/{commit}/models/{name}.nqx"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modded-nequix" / f"{name}.nqx"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may come here at once
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                content = reply.read()
+            check_sha256(content, sha256, url)
+            part.write_bytes(content)
+            os.replace(part, path)
+        except (OSError, http.client.HTTPException) as e:
+            raise OSError(f"cannot fetch {name} ({e}): get {url} on a machine with network and put it at {path}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    check_sha256(path.read_bytes(), sha256, f"{path} (delete it and try again)")
+    return path
+
+
+def check_sha256(content, expected, what):
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise ValueError(f"the sha256 should be {expected}, but is {found}: {what}")
+
+
+def load(path, device="cpu", dtype=torch.float32, conv="auto"):
+    """A model from our checkpoint, an official `.nqx` file, or a name in RELEASED (downloaded once), in evaluation form
+    (no gradients for the weights).
+
+    Raises OSError if there is no such file, or ValueError with a one-line reason for one that is neither, damaged or not
+    supported.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no weights at {path}")
+        if str(path) not in RELEASED:
+            raise FileNotFoundError(f"no weights at {path}; the released ones are {', '.join(RELEASED)}")
+        path = released(str(path))
     with open(path, "rb") as f:
         first = f.read(1)
     if first == b"{":

@@ -15,8 +15,8 @@ from ase.build import bulk, molecule
 import data
 import model as nequix
 from data import PackedSet
-from test_data import HERE, labelled, run
-from test_model import SHARED, needs_shared
+from test_data import HERE, batch_of, labelled, run
+from test_model import SHARED, needs_shared, small_model
 from train import batch_loss, evaluate, label_counts, learning_rate, trouble
 
 SMALL = "--hidden 8x0e+4x1o --lmax 1 --layers 2 --radial-size 8 --batch 6 --dtype float64 --device cpu --seed 3".split()
@@ -182,6 +182,87 @@ def test_validate_released_weights_on_a_set_they_can_not_know(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A set labelled by a teacher, and weights near its own, whose E0s are of another reference."""
+    folder, rng = tmp_path_factory.mktemp("student"), np.random.default_rng(0)
+    teacher = small_model()
+    nequix.save(folder / "teacher.pt", teacher)
+    frames = []
+    for k in range(60):
+        atoms = [bulk("NaCl", "rocksalt", 5.6), molecule("H2O"), bulk("Si", cubic=True), bulk("Na")][k % 4]
+        atoms.rattle(0.1, rng=rng)
+        e, f, s = (x.numpy() for x in nequix.energy_forces_stress(teacher, batch_of([atoms], 6.0)))
+        frames.append(labelled(atoms, float(e[0]), f, s[0]))
+    ase.io.write(folder / "frames.traj", frames)
+    run("data.py", "pack", folder / "frames.traj", "--out", folder / "set", "--val", "0.2", "--workers", 1)
+    torch.manual_seed(1)
+    for p in teacher.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.std()
+    teacher.config["atom_energies"] = [e + 0.1 * z for z, e in enumerate(teacher.config["atom_energies"])]
+    nequix.save(folder / "student.pt", teacher)
+    return folder
+
+
+def validations(out):
+    """(energy, force) errors of each validation of a run."""
+    lines = [line.split() for line in (out / "log.txt").read_text().splitlines() if line.startswith("step=")]
+    return np.array([[float(line[1].split("=")[1]), float(line[3].split("=")[1])] for line in lines])
+
+
+def test_fine_tuning_improves_the_set_and_resumes_exactly(student, tmp_path):
+    def tune(out, *more, ok=True):
+        flags = "--batch 8 --dtype float64 --device cpu --lr 1e-3 --steps 20 --eval-every 10 --save-every 5".split()
+        init = "--init", student / "student.pt", "--data", student / "set", "--out", tmp_path / out
+        return run("train.py", *init, *flags, *more, ok=ok)
+
+    tune("kept")
+    tune("refit", "--refit-e0")
+    kept, refit = validations(tmp_path / "kept"), validations(tmp_path / "refit")
+    assert np.isfinite(kept).all() and np.isfinite(refit).all()
+    assert refit[0, 0] < 0.1 * kept[0, 0] and refit[0, 1] == kept[0, 1]  # E0s are in no force
+    assert refit[-1, 0] < 0.1 * kept[0, 0] and refit[-1, 1] < 0.8 * refit[0, 1], refit
+
+    model, teacher = (nequix.load(f, dtype=torch.float64) for f in (tmp_path / "refit/model.pt", student / "teacher.pt"))
+    assert model.config["hidden"] == teacher.config["hidden"] and model.e0.tolist() == model.config["atom_energies"]
+    absent = [i for i, z in enumerate(model.config["atomic_numbers"]) if z in (6, 78)]
+    old = nequix.load(student / "student.pt").e0
+    assert torch.equal(model.e0[absent], old[absent]) and not torch.isclose(model.e0, old).all()
+
+    # Stopped at step 10: the E0s are those of the state, not fitted again.
+    state = torch.load(tmp_path / "refit/state.pt", weights_only=True)
+    script = (
+        "import sys, train; sys.argv = sys.argv[1:]; save = train.save_state\n"
+        "def save_and_die(path, **state):\n"
+        "    save(path, **state)\n"
+        "    if state['step'] == 10: sys.exit('killed')\n"
+        "train.save_state = save_and_die; train.main()"
+    )
+    arguments = "--init", student / "student.pt", "--refit-e0", "--data", student / "set", "--out", tmp_path / "killed"
+    flags = "--batch 8 --dtype float64 --device cpu --lr 1e-3 --steps 20 --eval-every 10 --save-every 5".split()
+    assert "killed" in run("-c", script, "train.py", *arguments, *flags, ok=False)
+    assert "resumed at step 10" in tune("killed", "--refit-e0")
+    again = torch.load(tmp_path / "killed/state.pt", weights_only=True)
+    assert torch.equal(again["e0"], state["e0"]) and again["step"] == 20
+    assert all(torch.equal(again[part][k], v) for part in ("model", "ema") for k, v in state[part].items())
+    assert "--init takes the architecture from the weights: leave --lmax out" in tune("bad", "--lmax", 2, ok=False)
+
+
+def test_e0s_refitted_on_two_processes(student, tmp_path):
+    """Energies that differ from the model's by so much an atom of each element: that is found, however many share the work."""
+    torchrun = "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"
+    arguments = ["--init", student / "student.pt", "--refit-e0", "--data", student / "set", "--steps", 1, "--device", "cpu"]
+    arguments += ["--dtype", "float64"]
+    run("train.py", *arguments, "--out", tmp_path / "one")
+    run(*torchrun, "train.py", *arguments, "--out", tmp_path / "two")
+    one, two = (nequix.load(tmp_path / k / "model.pt").e0 for k in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, no traceback
 
 
@@ -197,6 +278,8 @@ def test_bad_arguments_give_one_line(packed, tmp_path):
         ("--data", packed, "--lmax", "7"): "lmax 7",
         ("--data", packed, "--conv", "oeq", "--device", "cpu"): "--conv oeq does not work here",
         ("--data", packed, "--out", tmp_path): "can't be read",
+        ("--data", packed, "--init", tmp_path / "none.nqx"): "no weights at",
+        ("--data", packed, "--refit-e0"): "--refit-e0 needs --init",
         ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",
         ("--data", packed, "--validate", tmp_path / "text.pt"): "neither a modded-nequix checkpoint nor",
     }.items():

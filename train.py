@@ -2,7 +2,8 @@
 
     python train.py                                                     # data/mptrj if it is packed, else data/sample
     torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32       # the same global batch, dealt to two GPUs
-    python train.py --validate nequix-mp-1.nqx --data data/mptrj --frames 200
+    python train.py --validate nequix-mp-1 --data data/mptrj --frames 200
+    python train.py --init nequix-mp-1 --refit-e0 --data data/mine --lr 5e-3 --epochs 10     # fine-tuning
 
 Rerunning a command resumes its run exactly; Ctrl-C and SIGTERM save first. The defaults are Table A.1 of the paper, with
 Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, model.pt (EMA weights), curve.png.
@@ -48,6 +49,8 @@ class Args:
     data: str = arg("", "packed set (default: data/mptrj if packed, else data/sample, fetched if absent)")
     out: str = arg("", "folder of the run (default: runs/ and the name of the set)")
     # model
+    init: str = arg("", "start from these weights, their architecture and statistics: a name or a file", metavar="WEIGHTS")
+    refit_e0: bool = arg(False, "with --init: fit the atoms' energies to the training frames first")
     hidden: str = arg("128x0e+64x1o+32x2e+32x3o", "irreps of the hidden features")
     lmax: int = arg(3, "highest degree of the spherical harmonics")
     layers: int = arg(4, "message-passing layers")
@@ -87,6 +90,9 @@ BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} m
 FREE = {"data", "out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames"}  # may change between resumptions
 
 
+ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Args):
@@ -99,6 +105,11 @@ def parse_args(argv=None):
     for name in "batch lr layers cutoff n_basis radial_size radial_layers epochs save_every".split():
         if not getattr(a, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
+    if a.refit_e0 and not a.init:
+        raise ValueError("--refit-e0 needs --init")
+    for name in [*ARCHITECTURE, "no_norm"]:
+        if a.init and getattr(a, name) != getattr(Args, name):
+            raise ValueError(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
     for name in "steps max_edges eval_every frames seed weight_decay warmup_epochs".split():
         if not getattr(a, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(a, name)}")
@@ -270,6 +281,26 @@ def run_header(a, packed, device, ranks, model):
     )
 
 
+@torch.no_grad()
+def refitted_e0(model, packed, indices, max_edges, rank, ranks):
+    """The model's E0s plus their least-squares fit, of least norm, to what energy it leaves of the frames `indices`: elements
+    that are not there keep theirs. (species,) eV, the same on all ranks."""
+    indices = indices[packed.has_energy[indices]]
+    n = len(model.e0)
+    xx_xy = torch.zeros(n, n + 1, dtype=torch.float64, device=packed.device)
+    pieces = micro_batches(deal(indices, packed.n_edges, ranks)[rank], packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    for batch in prefetch(packed, tqdm(pieces, "fitting E0s", leave=False, disable=None if rank == 0 else True)):
+        key = batch.structure * n + model.species[batch.numbers]
+        x = torch.bincount(key, minlength=n * len(batch.cell)).view(-1, n).double()  # composition
+        energy = model(batch.numbers, batch.vectors, batch.senders, batch.row_ptr) + model.e0[model.species[batch.numbers]]
+        y = batch.energy.index_add(0, batch.structure, -energy)
+        xx_xy += x.T @ torch.cat([x, y[:, None]], 1)
+    if ranks > 1:
+        dist.all_reduce(xx_xy)
+    xx_xy = xx_xy.cpu().numpy()
+    return model.e0 + torch.from_numpy(np.linalg.lstsq(xx_xy[:, :n], xx_xy[:, n], rcond=None)[0]).to(model.e0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Validation of given weights
 
@@ -323,7 +354,8 @@ def validate_weights(a, device, dtype):
 
 
 def train(a, device, dtype, rank, ranks):
-    packed = PackedSet(a.data, a.cutoff, device)
+    model = nequix.load(a.init, device, dtype, a.conv).requires_grad_() if a.init else None
+    packed = PackedSet(a.data, model.config["cutoff"] if a.init else a.cutoff, device)
     train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
     if len(val_frames) == 0:
         raise ValueError(f"{a.data} has no validation frames")
@@ -335,10 +367,13 @@ def train(a, device, dtype, rank, ranks):
     # Model, averaged weights, optimizer. All gradients lie in one flat tensor, which is all-reduced as it is; its last
     # two elements carry the loss and whether a rank was told to stop.
     torch.manual_seed(a.seed)
-    stats = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
-    keys = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
-    config = {**stats, **{k: getattr(a, k) for k in keys}, "norm": not a.no_norm}
-    model = Nequix(config, a.conv).to(device, dtype)
+    if a.init:
+        check_elements(model, packed, packed.indices(data.TRAIN))
+        check_elements(model, packed, val_frames)
+    else:
+        stats = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
+        config = {**stats, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
+        model = Nequix(config, a.conv).to(device, dtype)
     ema_model = deepcopy(model).requires_grad_(False)
     params, ema_params = list(model.parameters()), list(ema_model.parameters())
     sizes = [p.numel() for p in params]
@@ -371,6 +406,11 @@ def train(a, device, dtype, rank, ranks):
         step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
         resumed = True
         losses.extend(state["losses"])
+    if a.refit_e0:
+        e0 = state["e0"] if resumed else refitted_e0(model, packed, train_frames, max_edges, rank, ranks)
+        for m in (model, ema_model):
+            m.e0.copy_(e0)
+            m.config["atom_energies"] = e0.tolist()
     out.mkdir(parents=True, exist_ok=True)
 
     def log(text, screen=True):
@@ -384,7 +424,7 @@ def train(a, device, dtype, rank, ranks):
         suspect = len(losses) >= 200 and losses[-1] > 10 * statistics.median(losses)
         if rank == 0 and not suspect:
             numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=list(losses))
-            parts = dict(model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict())
+            parts = dict(model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict(), e0=model.e0)
             if state_file.exists():
                 os.replace(state_file, previous_file)
             save_state(state_file, fixed=fixed, **parts, **numbers)

@@ -1,0 +1,157 @@
+"""Time the calculator, relaxations, and the energy drift of molecular dynamics.
+
+    python bench_speed.py --weights nequix-mp-1                                # ms an ASE step, silicon and diamond
+    python bench_speed.py --weights nequix-mp-1 --relax wbm.extxyz --n 2000    # structures/s against ASE one by one
+    python bench_speed.py --weights nequix-mp-1 --nve                          # meV/atom/ps, float32 and float64
+
+An ASE step is what molecular dynamics pays: new positions, neighbour list, energy, forces and stress, back in numpy.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+
+import ase.io
+import numpy as np
+import torch
+from ase import units
+from ase.build import bulk
+from ase.filters import FrechetCellFilter
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import FIRE
+
+from calc import NequixCalculator
+from model import energy_forces_stress
+
+
+def clock(calc):
+    if calc.device.type == "cuda":
+        torch.cuda.synchronize(calc.device)
+    return time.perf_counter()
+
+
+def crystal(symbol, n):
+    """A cubic supercell of about n atoms of the diamond structure."""
+    return bulk(symbol, cubic=True) * max(round((n / 8) ** (1 / 3)), 1)
+
+
+def warm(atoms, kelvin=300):
+    """Velocities of twice the temperature: from rest in a perfect crystal, half of it goes into the potential energy."""
+    sigma = np.sqrt(2 * units.kB * kelvin * atoms.get_masses())[:, None]
+    momenta = sigma * np.random.default_rng(0).normal(size=(len(atoms), 3))
+    atoms.set_momenta(momenta - momenta.mean(0))
+
+
+def ase_steps(calc, sizes, steps):
+    """Velocity Verlet at 300 K, 1 fs; and apart: making the list, its vectors at new positions, the model."""
+    columns = "atoms edges/list ms/step median lists rebuild_ms batch_ms model_ms memory_GiB".split()
+    print(f"{'':9}" + "".join(f"{c:>12}" for c in columns))
+    for symbol, n in itertools.product(("Si", "C"), sizes):
+        atoms = crystal(symbol, n)
+        atoms.calc, calc.listed = calc, None
+        warm(atoms)
+        md = VelocityVerlet(atoms, 1 * units.fs)
+        if calc.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(calc.device)
+        md.run(10)  # kernels are built
+        times, lists, made = [], 0, calc.listed
+        for _ in range(steps):
+            start = clock(calc)
+            md.run(1)
+            times.append(clock(calc) - start)
+            lists, made = lists + (calc.listed is not made), calc.listed
+        parts = []
+        for part in ("rebuild", "batch", "model"):
+            start = clock(calc)
+            for _ in range(10):
+                if part == "rebuild":
+                    calc.listed = None
+                batch = calc.batch(atoms) if part != "model" else batch
+                if part == "model":
+                    energy_forces_stress(calc.model, batch)
+            parts.append((clock(calc) - start) * 100)
+        memory = torch.cuda.max_memory_allocated(calc.device) / 2**30 if calc.device.type == "cuda" else 0
+        parts = [1000 * np.mean(times), 1000 * np.median(times), lists, *parts, memory]
+        print(f"{symbol:9}{len(atoms):12}{len(calc.listed[0].senders):12}" + "".join(f"{p:12.3f}" for p in parts))
+
+
+def relaxations(calc, path, n, fmax, steps, n_ase):
+    """Throughput of relax on the first n structures of a file; ASE's FIRE one by one on n_ase of them, evenly spread."""
+    structures = list(itertools.islice(ase.io.iread(path, ":"), n))
+    for _ in calc.relax(structures[:8], fmax, 3):  # kernels are built, the memory is measured
+        pass
+    start, results = clock(calc), {}
+    for i, atoms, energy, converged, taken, error in calc.relax(structures, fmax, steps):
+        results[i] = energy, converged, taken, error
+    seconds = clock(calc) - start
+    converged, failed = sum(r[1] for r in results.values()), sum(r[3] is not None for r in results.values())
+    taken = sum(r[2] for r in results.values())
+    size = sum(map(len, structures)) / len(structures)
+    print(f"{len(structures)} structures, {size:.1f} atoms on average, of {path}: fmax {fmax} eV/A, at most {steps} steps")
+    print(f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end="")
+    print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
+
+    picks = np.unique(np.linspace(0, len(structures) - 1, n_ase).astype(int))
+    start, apart, same = clock(calc), [], 0
+    for i in picks:
+        atoms = structures[i].copy()
+        atoms.calc = calc
+        done = FIRE(FrechetCellFilter(atoms), logfile=None).run(fmax, steps)
+        apart.append(1000 * abs(atoms.get_potential_energy() - results[i][0]) / len(atoms))
+        same += done == results[i][1]
+    one_by_one = (clock(calc) - start) / len(picks)
+    faster = one_by_one * len(structures) / seconds
+    print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
+    print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
+
+
+def nve(weights, device, conv, sizes, picoseconds):
+    """Drift of the total energy: a line fitted to it over the run after 0.1 ps."""
+    for n, dtype in itertools.product(sizes, ("float32", "float64")):
+        atoms = crystal("Si", n)
+        atoms.calc = NequixCalculator(weights, device, dtype, conv)
+        warm(atoms)
+        md, energies = VelocityVerlet(atoms, 1 * units.fs), []
+        md.run(100)
+        md.attach(lambda: energies.append(1000 * atoms.get_total_energy() / len(atoms)))
+        md.run(round(1000 * picoseconds))
+        drift = np.polyfit(np.arange(len(energies)) / 1000, energies, 1)[0]
+        print(
+            f"Si {len(atoms)} atoms, 300 K, {picoseconds} ps, 1 fs, {dtype}: drift {drift:+.5f} meV/atom/ps, "
+            f"standard deviation {np.std(energies):.5f} meV/atom"
+        )
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
+    p.add_argument("--sizes", type=int, nargs="+", default=[64, 1000, 8000], help="atoms")
+    p.add_argument("--steps", type=int, default=100, help="timed ASE steps (default: 100)")
+    p.add_argument("--relax", metavar="FILE", help="relax the structures of this file instead")
+    p.add_argument("--n", type=int, default=2000, help="with --relax: so many of them (default: 2000)")
+    p.add_argument("--n-ase", type=int, default=20, help="with --relax: so many with ASE too (default: 20)")
+    p.add_argument("--fmax", type=float, default=0.02, help="eV/A (default: 0.02)")
+    p.add_argument("--max-steps", type=int, default=500, help="with --relax (default: 500)")
+    p.add_argument("--nve", action="store_true", help="print the drift of the energy in NVE instead")
+    p.add_argument("--ps", type=float, default=1.0, help="with --nve: so long (default: 1 ps)")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
+    p.add_argument("--conv", choices=["auto", "torch", "oeq"], default="auto", help="convolution")
+    a = p.parse_args()
+    try:
+        calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
+        name = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "CPU"
+        print(f"{name}, torch {torch.__version__}, {a.weights}, {a.dtype}, conv {a.conv}")
+        if a.relax:
+            relaxations(calc, a.relax, a.n, a.fmax, a.max_steps, a.n_ase)
+        elif a.nve:
+            nve(a.weights, a.device, a.conv, a.sizes, a.ps)
+        else:
+            ase_steps(calc, a.sizes, a.steps)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

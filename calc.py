@@ -1,0 +1,523 @@
+"""Predict with Nequix: energies, forces and stresses, molecular dynamics, Hessians, relaxations by the thousand.
+
+    python calc.py FILE... --weights nequix-mp-1 [--relax] [--out out.extxyz]
+
+    calc = NequixCalculator("nequix-mp-1")                     # a name, an .nqx file, or a model.pt of train.py
+    atoms.calc = calc                                          # an ASE calculator
+    calc.predict(list_of_atoms)                                # many structures, packed into batches
+    calc.hessian(atoms)
+    for index, atoms, energy, converged, steps, error in calc.relax(stream_of_atoms, fmax=0.02, steps=500): ...
+
+Units are those of ASE: eV, A, eV/A, eV/A^3, eV/A^2; a positive stress is tensile. Stress exists only where a cell is periodic
+in all three directions. A structure may be periodic in any directions, its atoms may lie outside the cell, its cell may
+be left-handed or shorter than the cutoff. Sizes in the comments: A atoms, E edges, S structures.
+"""
+
+import argparse
+import copy
+import dataclasses
+import math
+import sys
+from collections import deque
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixSymmetry
+from ase.data import chemical_symbols
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from ase.units import GPa
+
+import data
+import model as nequix
+from model import energy_forces_stress
+
+SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until an atom may have come from beyond
+COLLAPSED = 0.5  # A^3 an atom: a relaxation below it is given up, before its edges fill the memory
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Neighbour list with a skin
+
+
+def at(listed, positions, cell, drop_beyond=None):
+    """A Batch with the edges of `listed` at other positions (A, 3) and cell (S, 3, 3).
+
+    Edges beyond the cutoff contribute exactly nothing to the model; drop_beyond (A) takes them out nonetheless, which
+    costs a wait for the GPU and pays where edges are many.
+    """
+    b = dataclasses.replace(listed, positions=positions, cell=cell)
+    b.vectors = positions[b.senders] - positions[b.receivers]
+    b.vectors += b.shifts @ cell[0] if len(cell) == 1 else data.shift_vectors(b.shifts, cell, b.structure[b.receivers])
+    if drop_beyond is not None:
+        keep = (b.vectors.square().sum(1) < drop_beyond**2).nonzero()[:, 0]
+        b.senders, b.receivers, b.shifts, b.vectors = (x[keep] for x in (b.senders, b.receivers, b.shifts, b.vectors))
+        b.row_ptr = torch.searchsorted(b.receivers, torch.arange(len(positions) + 1, device=positions.device))
+    return b
+
+
+def still_complete(listed_positions, inverse_cell, positions, cell, structure, cutoff):
+    """(S,) bool: no pair that was farther apart than cutoff + SKIN in the list's geometry can be within the cutoff now.
+
+    The cell was deformed by F = inverse_cell (S, 3, 3) of the list @ cell; atoms moved to x0 F + u. So a pair that was d0 apart
+    is at least sigma d0 - 2 max|u| apart, where sigma, the least singular value of F, is no less than 1 - |F - 1|.
+    """
+    f = inverse_cell @ cell
+    u = positions - torch.einsum("ai,aij->aj", listed_positions, f[structure])
+    farthest = u.new_zeros(len(cell)).scatter_reduce(0, structure, torch.linalg.vector_norm(u, dim=1), "amax")
+    sigma = 1 - torch.linalg.matrix_norm(f - torch.eye(3, dtype=f.dtype, device=f.device))
+    return sigma * (cutoff + SKIN) - 2 * farthest >= cutoff
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relaxation: FIRE (Bitzek et al. 2006) on positions and the logarithm of the deformation, as ASE's FIRE with its defaults
+# on its FrechetCellFilter. The cell is cell0 @ F^T with F = exp(log_f); the variables are the positions without the
+# deformation, x = r @ F^-T, and log_f times the number of atoms, three rows more.
+
+
+def matrix_exp(m):
+    """exp of small (..., k, k) matrices by scaling and squaring; torch's own makes the host wait. 1e-15 up to a norm of 2."""
+    m = m / 16
+    out = term = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).expand_as(m)
+    for k in range(1, 11):
+        term = term @ m / k
+        out = out + term
+    for _ in range(4):
+        out = out @ out
+    return out
+
+
+def matrix_log(f):
+    """log of (S, 3, 3) deformations: 2 artanh(z), z = (f - 1)/(f + 1). 1e-15 for strains up to 0.4."""
+    one = torch.eye(3, dtype=f.dtype, device=f.device)
+    z = (f - one) @ inverse(f + one)
+    term, out = z, 0
+    for k in range(1, 41, 2):
+        out, term = out + 2 / k * term, term @ z @ z
+    return out
+
+
+def inverse(m):
+    return torch.linalg.inv_ex(m).inverse  # inv() makes the host wait for its check
+
+
+def generalized_forces(s, forces, stress, mask):
+    """Forces on x (A, 3) and on n log_f (S, 3, 3), eV/A, as FrechetCellFilter has them; cells that stay get zero."""
+    volume = torch.linalg.det(s["cell"]).abs()[:, None, None]
+    virial = torch.where(s["pbc"].all(1)[:, None, None], -volume * stress, 0)
+    virial = virial if mask is None else virial * mask
+    f = matrix_exp(s["log_f"])
+    # The adjoint of the derivative of exp at log_f is the derivative at its transpose: a block of a 6 x 6 exponential.
+    block = f.new_zeros(len(f), 6, 6)
+    block[:, :3, :3] = block[:, 3:, 3:] = s["log_f"].mT
+    block[:, :3, 3:] = virial @ inverse(f.mT)
+    cell_forces = matrix_exp(block)[:, :3, 3:] / s["n_atoms"][:, None, None]
+    return row_times(forces, f, s["structure"]), cell_forces
+
+
+def fire_step(s, forces, cell_forces, active, mask, symmetry):
+    """Move the `active` structures (S,) by one step of FIRE; forces as of generalized_forces. Updates the state `s`."""
+    structure, v, w, dt, mix = (s[k] for k in ("structure", "velocity", "cell_velocity", "dt", "mix"))
+
+    def total(x, y):  # over a structure's atoms (A, 3) and the rows of its cell (S, 3, 3): (S,)
+        return y.sum((1, 2)).index_add(0, structure, x.sum(1))
+
+    good = total(forces * v, cell_forces * w) > 0
+    halt, faster = ~good & (s["step"] > 0), good & (s["downhill"] > 5)
+    ratio = total(v * v, w * w) / total(forces**2, cell_forces**2).clamp(min=1e-300)
+    keep, turn = torch.where(good, 1 - mix, 0), torch.where(good, mix * ratio.sqrt(), 0)
+    new = dict(step=s["step"] + 1, downhill=torch.where(good, s["downhill"] + 1, 0))
+    new["dt"] = dt = torch.where(faster, (1.1 * dt).clamp(max=1), torch.where(halt, 0.5 * dt, dt))
+    new["mix"] = torch.where(faster, 0.99 * mix, torch.where(halt, 0.1, mix))
+    new["velocity"] = v = keep[structure, None] * v + (turn + dt)[structure, None] * forces
+    new["cell_velocity"] = w = keep[:, None, None] * w + (turn + dt)[:, None, None] * cell_forces
+    dt = dt * (0.2 / (dt * total(v * v, w * w).sqrt()).clamp(min=0.2))  # no farther than 0.2 A, all in all
+
+    one = torch.eye(3, dtype=dt.dtype, device=dt.device)
+    x = row_times(s["positions"], inverse(matrix_exp(s["log_f"]).mT), structure) + dt[structure, None] * v
+    log_f = s["log_f"] + dt[:, None, None] * w / s["n_atoms"][:, None, None]
+    ft = matrix_exp(log_f).mT
+    ft = ft if mask is None else one + (ft - one) * mask
+    cell, positions = s["cell0"] @ ft, row_times(x, ft, structure)
+    if symmetry:  # as FixSymmetry: of the change of the cell, and of what the atoms do beside following the cell
+        to_new = inverse(s["cell"])
+        change = symmetric_tensors((to_new @ cell).mT - one, s["cell"], symmetry)
+        cell = s["cell"] @ (one + change).mT
+        carried = row_times(s["positions"], to_new @ cell, structure)
+        positions = carried + symmetric_vectors(positions - carried, cell, structure, symmetry)
+    if symmetry or mask is not None:
+        log_f = matrix_log((inverse(s["cell0"]) @ cell).mT)
+    new |= dict(positions=positions, cell=cell, log_f=log_f)
+    on = {k: (active[structure] if k in PER_ATOM else active).view(-1, *[1] * (v.ndim - 1)) for k, v in new.items()}
+    s |= {k: torch.where(on[k], v, s[k]) for k, v in new.items()}  # all at once: memory may run out
+
+
+def row_times(rows, matrices, structure):
+    """(A, 3) times the matrix of each atom's structure (S, 3, 3)."""
+    return torch.einsum("ai,aij->aj", rows, matrices[structure])
+
+
+def symmetric_tensors(m, cell, symmetry):
+    """(S, 3, 3) tensors averaged over the symmetry operations, as ASE's symmetrize_rank2."""
+    rotation, of, n_rotations = symmetry[:3]
+    scaled = (cell @ m @ cell.mT)[of]
+    scaled = torch.zeros_like(m).index_add(0, of, rotation.mT @ scaled @ rotation) / n_rotations[:, None, None]
+    return inverse(cell) @ scaled @ inverse(cell).mT
+
+
+def symmetric_vectors(v, cell, structure, symmetry):
+    """(A, 3) vectors averaged over the symmetry operations, as ASE's symmetrize_rank1."""
+    rotation, _, n_rotations, operation, source, target = symmetry
+    scaled = row_times(v, inverse(cell), structure)
+    scaled = torch.zeros_like(v).index_add(0, target, torch.einsum("pij,pj->pi", rotation[operation], scaled[source]))
+    return row_times(scaled / n_rotations[structure, None], cell, structure)
+
+
+def pack_symmetry(rotations, maps, device):
+    """Of each structure's rotations (T, 3, 3) of fractional coordinates, and the atom that each atom becomes (T, n):
+    rotation (all T, 3, 3), its structure, rotations of a structure (S,); and for each pair of a rotation and an atom of
+    its structure the rotation, the atom, and the atom it becomes."""
+    n_rotations, n_atoms = (np.array([m.shape[k] for m in maps]) for k in (0, 1))
+    of = np.repeat(np.arange(len(maps)), n_rotations)
+    first = np.cumsum(n_atoms) - n_atoms
+    operation = np.repeat(np.arange(len(of)), n_atoms[of])
+    source = np.concatenate([np.tile(np.arange(f, f + n), t) for f, n, t in zip(first, n_atoms, n_rotations)])
+    target = np.concatenate([(f + m).ravel() for f, m in zip(first, maps)])
+    out = np.concatenate(rotations).astype(float), of, n_rotations, operation, source, target
+    return [torch.from_numpy(x).to(device) for x in out]
+
+
+PER_ATOM = "numbers positions velocity".split()
+PER_STRUCTURE = "pbc n_atoms cell0 cell log_f cell_velocity dt mix downhill step converged".split()
+
+
+def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
+    """Take steps with the packed state `s`, until a twentieth of the structures are finished.
+
+    Returns on the host: finished and failed (S,); energy (S,), forces (A, 3), stress (S, 3, 3) of the finished ones.
+    """
+    cutoff, n = model.config["cutoff"], s["n_atoms"]
+    structure = s["structure"] = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
+    listed = None
+    while True:
+        if listed is None:
+            listed = data.make_batch(*(s[k] for k in ("numbers", "positions", "cell", "pbc", "n_atoms")), cutoff + SKIN)
+            listed.shifts = listed.shifts.double()
+            inverse_cell = inverse(s["cell"])
+        batch = at(listed, s["positions"], s["cell"], drop_beyond=cutoff)
+        energy, forces, stress = results = energy_forces_stress(model, batch)
+        if symmetry:
+            forces = symmetric_vectors(forces, s["cell"], structure, symmetry)
+            stress = symmetric_tensors(stress, s["cell"], symmetry)
+        forces, cell_forces = generalized_forces(s, forces, stress, mask)
+        norm = torch.linalg.vector_norm(forces, dim=1)
+        norm = torch.linalg.vector_norm(cell_forces, dim=2).amax(1).scatter_reduce(0, structure, norm, "amax")
+        s["converged"] |= norm < fmax
+        failed = ~torch.isfinite(norm + energy)
+        failed |= s["pbc"].all(1) & (s["step"] > 0) & (torch.linalg.det(s["cell"]).abs() < COLLAPSED * n)
+        finished = s["converged"] | failed | (s["step"] >= steps)
+        fire_step(s, forces, cell_forces, ~finished, mask, symmetry)
+        complete = still_complete(listed.positions, inverse_cell, s["positions"], s["cell"], structure, cutoff)
+        flags = torch.stack([finished, failed, complete]).cpu()  # the only wait for the GPU in a step, but for the edges
+        if flags[0].sum() >= max(len(n) / 20, 1):
+            return flags[0].tolist(), flags[1].tolist(), *(x.cpu() for x in results)
+        if not flags[2].all():
+            listed = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calculator
+
+
+def check(atoms, model):
+    """Raises ValueError: why the model can say nothing about these atoms."""
+    data.check_geometry(atoms)
+    unknown = set(atoms.numbers.tolist()) - set(model.config["atomic_numbers"])
+    if unknown:
+        raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
+
+
+def expected_edges(atoms, cutoff):
+    """Edges within the cutoff if the atoms were spread evenly, over the cell and where it is open over their extent."""
+    n, pbc = len(atoms), torch.from_numpy(atoms.pbc)[None]
+    cell = data.complete_cell(torch.from_numpy(atoms.cell.array)[None], pbc)[0].numpy()
+    extent = np.where(atoms.pbc, 1, np.ptp(atoms.positions @ np.linalg.inv(cell), axis=0) + 2)
+    volume = abs(np.linalg.det(cell)) * extent.prod()
+    return max(n * n / volume * 4 / 3 * math.pi * cutoff**3, n)
+
+
+def start(index, atoms, model, symprec):
+    """The record of a structure whose relaxation begins, its state on the host. Raises ValueError for bad input."""
+    check(atoms, model)
+    if atoms.constraints:
+        raise ValueError("constraints are not supported here: use ASE's optimizers, or symprec for FixSymmetry")
+    atoms, r = atoms.copy(), {}
+    if symprec is not None:
+        if not atoms.pbc.all():
+            raise ValueError("keeping the symmetry needs a cell that is periodic in three directions")
+        try:
+            symmetry = FixSymmetry(atoms, symprec)  # refines the atoms
+        except Exception as e:  # spglib and ASE raise many kinds
+            raise ValueError(f"no symmetry found at {symprec} A ({e})") from None
+        r = dict(rotations=symmetry.rotations, maps=np.array(symmetry.symm_map))
+    numbers, positions, cell, pbc = (x.copy() for x in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc))
+    numbers, positions, cell, pbc = map(torch.from_numpy, (numbers, positions, cell[None], pbc[None]))
+    cell, zero = data.complete_cell(cell, pbc), torch.zeros_like(cell)
+    r |= dict(index=index, atoms=atoms, edges=expected_edges(atoms, model.config["cutoff"]))
+    r |= dict(numbers=numbers, positions=positions, velocity=torch.zeros_like(positions), pbc=pbc, cell0=cell, cell=cell)
+    r |= dict(n_atoms=torch.tensor([len(atoms)]), log_f=zero, cell_velocity=zero, dt=zero[:, 0, 0] + 0.1)
+    r |= dict(mix=zero[:, 0, 0] + 0.1, converged=torch.tensor([False]))
+    return r | dict(downhill=torch.tensor([0]), step=torch.tensor([0]))
+
+
+def result(r, energy=math.nan, forces=None, stress=None, error=None):
+    """What relax yields of a record."""
+    atoms, periodic = r["atoms"], r["atoms"].pbc.all()
+    atoms.positions = r["positions"].numpy()
+    if periodic:
+        atoms.cell = r["cell"][0].numpy()
+    if error is None:
+        stress = full_3x3_to_voigt_6_stress(stress) if periodic else None
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
+    return r["index"], atoms, energy, r["converged"].item() and error is None, r["step"].item(), error
+
+
+class NequixCalculator(Calculator):
+    """weights: a released name, an .nqx file or a model.pt; device: default CUDA if there is one; dtype: of the network,
+    "float32" or "float64"; conv: as in model.choose_conv. Raises OSError or ValueError with a one-line reason."""
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]
+
+    def __init__(self, weights="nequix-mp-1", device=None, dtype="float32", conv="auto"):
+        super().__init__()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: torch sees no CUDA device")
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f'dtype is "float32" or "float64", not "{dtype}"')
+        nequix.choose_conv(conv, self.device)
+        self.model = nequix.load(weights, self.device, getattr(torch, dtype), conv)
+        self.cutoff = self.model.config["cutoff"]
+        self.listed = None  # of calculate(): a Batch up to cutoff + SKIN, and on the host where its atoms were
+        self.max_edges = None  # of a batch; measured when first needed
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        atoms = self.atoms
+        check(atoms, self.model)
+        if "stress" in properties and not atoms.pbc.all():
+            raise PropertyNotImplementedError("stress exists only where the cell is periodic in three directions")
+        batch = self.batch(atoms)
+        energy, forces, stress = energy_forces_stress(self.model, batch)
+        out = torch.cat([energy, stress.flatten(), forces.flatten()]).cpu().numpy()  # one wait for the GPU
+        if not math.isfinite(out[0]):
+            raise ValueError("the energy is not finite: two atoms at one place?")
+        self.results = dict(energy=float(out[0]), free_energy=float(out[0]), forces=out[10:].reshape(-1, 3))
+        if atoms.pbc.all():
+            self.results["stress"] = full_3x3_to_voigt_6_stress(out[1:10].reshape(3, 3))
+        if "energies" in properties:  # seldom asked for: another pass
+            energies = self.model(batch.numbers, batch.vectors, batch.senders, batch.row_ptr)
+            energies = energies + self.model.e0[self.model.species[batch.numbers]]
+            self.results["energies"] = energies.cpu().numpy()
+
+    def batch(self, atoms):
+        """One structure as a Batch, from the list with a skin while that is complete."""
+        numbers, positions, pbc = (torch.from_numpy(x) for x in (atoms.numbers, atoms.positions, atoms.pbc[None]))
+        cell = torch.from_numpy(atoms.cell.array)[None]
+        if self.listed is not None:
+            listed, at_numbers, at_pbc, at_positions, given, completed, inverse_cell = self.listed
+            if torch.equal(numbers, at_numbers) and torch.equal(pbc, at_pbc):
+                completed = completed if torch.equal(cell, given) else data.complete_cell(cell, pbc)
+                structure = torch.zeros(len(atoms), dtype=torch.int64)
+                if still_complete(at_positions, inverse_cell, positions, completed, structure, self.cutoff):
+                    # Where edges are few, launches and not edges cost: then nothing waits for the GPU.
+                    drop = self.cutoff if len(listed.senders) > 100_000 else None
+                    return at(listed, positions.to(self.device), completed.to(self.device), drop)
+        numbers, positions, pbc, cell = (x.clone() for x in (numbers, positions, pbc, cell))  # those of atoms may change
+        n_atoms, completed = torch.tensor([len(atoms)]), data.complete_cell(cell, pbc)
+        on_device = [x.to(self.device) for x in (numbers, positions, completed, pbc, n_atoms)]
+        listed = data.make_batch(*on_device, self.cutoff + SKIN)
+        listed.shifts = listed.shifts.double()
+        self.listed = listed, numbers, pbc, positions, cell, completed, torch.linalg.inv(completed)
+        return listed
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Many structures
+
+    def edge_budget(self):
+        """Edges of a batch: what fits 0.6 of the free memory, by the memory that 17,000 edges take, and a million at most."""
+        if self.max_edges is None:
+            self.max_edges = 30_000
+            if self.device.type == "cuda":
+                crystal = Atoms([self.model.config["atomic_numbers"][0]] * 343, cell=[18.9] * 3, pbc=True)
+                crystal.positions = 2.7 * np.stack(np.meshgrid(*[np.arange(7.0)] * 3), -1).reshape(-1, 3)
+                batch, self.listed = self.batch(crystal), None
+                energy_forces_stress(self.model, batch)  # kernels are built
+                before = torch.cuda.memory_allocated(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
+                energy_forces_stress(self.model, batch)
+                used = torch.cuda.max_memory_allocated(self.device) - before
+                torch.cuda.empty_cache()
+                free = torch.cuda.mem_get_info(self.device)[0]
+                self.max_edges = int(min(0.6 * free / used * len(batch.senders), 1_000_000))
+        return self.max_edges
+
+    def predict(self, structures):
+        """Energy (eV), forces (n, 3) (eV/A) and stress ((6,) in Voigt order, eV/A^3; None where the cell is not periodic in
+        three directions) of each of a list of Atoms, as a list of dicts. Raises ValueError for a bad one."""
+        out = [None] * len(structures)
+        free = (Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc) for a in structures)  # of constraints
+        for index, atoms, *_, error in self.relax(free, fmax=0, steps=0):
+            if error:
+                raise ValueError(f"structure {index}: {error}")
+            out[index] = {k: atoms.calc.results.get(k) for k in ("energy", "forces", "stress")}
+        return out
+
+    def relax(self, atoms_iterable, fmax, steps, cell_mask=None, symprec=None):
+        """Relax a stream of Atoms, positions and, where periodic in three directions, the cell; many at a time.
+
+        Same path as ASE's FIRE on FrechetCellFilter(atoms, mask=cell_mask): until every force and row of the cell's forces
+        is below fmax (eV/A), or for `steps` steps. cell_mask: (6,) in Voigt order or (3, 3); zeros fix the cell.
+        symprec: keep the symmetry found at this precision (A), as FixSymmetry does; needs spglib.
+        Yields (index, atoms, energy, converged, steps, error) as structures finish: index in the stream, a new Atoms with
+        results attached, eV, bool, steps taken, and None or one line. A bad structure stops no other. Reads the
+        stream no farther ahead than it must.
+        """
+        if symprec is not None:
+            try:
+                import spglib  # noqa: F401, FixSymmetry needs it
+            except ImportError:
+                raise ImportError("keeping the symmetry needs spglib: pip install spglib") from None
+        mask = None
+        if cell_mask is not None and not np.all(cell_mask):
+            mask = np.asarray(cell_mask, float)
+            if mask.shape not in ((6,), (3, 3)):
+                raise ValueError(f"cell_mask has shape {mask.shape}: it should be (6,) or (3, 3)")
+            mask = torch.from_numpy(voigt_6_to_full_3x3_stress(mask) if mask.shape == (6,) else mask).to(self.device)
+        stream, waiting, live, more = enumerate(atoms_iterable), deque(), [], True
+        while True:
+            load = sum(r["edges"] for r in live)
+            while len(live) < 4096 and (waiting or more):
+                if not waiting:
+                    index, atoms = next(stream, (None, None))
+                    if index is None:
+                        more = False
+                        break
+                    try:
+                        waiting.append(start(index, atoms, self.model, symprec))
+                    except ValueError as e:
+                        yield index, atoms, math.nan, False, 0, str(e)
+                        continue
+                if live and load + waiting[0]["edges"] > self.edge_budget():
+                    break
+                live.append(waiting.popleft())
+                load += live[-1]["edges"]
+            if not live:
+                return
+
+            s = {k: torch.cat([r[k] for r in live]).to(self.device) for k in PER_ATOM + PER_STRUCTURE}
+            symmetry = symprec and pack_symmetry([r["rotations"] for r in live], [r["maps"] for r in live], self.device)
+            try:
+                results = relax_until_some_finish(self.model, s, fmax, steps, mask, symmetry)
+            except torch.cuda.OutOfMemoryError:
+                results = None  # dealt with outside of the handler, which holds on to the failed graph
+            sizes = [len(r["atoms"]) for r in live]
+            for k in PER_ATOM + PER_STRUCTURE:  # also after a failure the state is that after a whole step
+                for r, piece in zip(live, s[k].cpu().split(sizes if k in PER_ATOM else 1)):
+                    r[k] = piece
+            if results is None:
+                torch.cuda.empty_cache()
+                self.max_edges //= 2
+                if len(live) == 1:
+                    yield result(live.pop(), error="out of memory with this structure alone")
+                half = len(live) // 2
+                waiting.extendleft(reversed(live[half:]))
+                live = live[:half]
+                continue
+            records, live = live, []
+            finished, failed, energy, forces, stress = results
+            for r, done, bad, e, f, st in zip(records, finished, failed, energy, forces.split(sizes), stress):
+                if not done:
+                    live.append(r)
+                else:
+                    error = "the energy is not finite, or the cell collapsed" if bad else None
+                    yield result(r, e.item(), f.numpy(), st.numpy(), error)
+
+    def hessian(self, atoms):
+        """d^2E / dr dr, (3n, 3n) eV/A^2, rows and columns atom by atom, x, y, z; by differentiating twice, symmetric to rounding.
+        Plain torch on any device: the other convolutions need not have second derivatives."""
+        check(atoms, self.model)
+        model, b = copy.copy(self.model), self.batch(atoms)
+        model.conv = "torch"
+        b = at(b, b.positions, b.cell, drop_beyond=self.cutoff)
+        positions = b.positions.clone().requires_grad_()
+        vectors = positions[b.senders] - positions[b.receivers] + data.shift_vectors(b.shifts, b.cell, b.structure[b.receivers])
+        energy = model(b.numbers, vectors, b.senders, b.row_ptr).sum() + 0 * (positions**2).sum()
+        (gradient,) = torch.autograd.grad(energy, positions, create_graph=True)
+        rows = [torch.autograd.grad(g, positions, retain_graph=True)[0].flatten() for g in gradient.flatten()]
+        return torch.stack(rows).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def read(files):
+    """(name, Atoms) of every frame of the files. Raises ValueError if one can't be read."""
+    for file in files:
+        try:
+            for k, atoms in enumerate(ase.io.iread(file, ":")):
+                yield f"{file}#{k}", atoms
+        except Exception as e:  # ASE's readers raise all kinds
+            raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="+", metavar="FILE", help="anything ASE reads, all frames")
+    p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
+    p.add_argument("--relax", action="store_true", help="relax positions and cell first")
+    p.add_argument("--fmax", type=float, default=0.02, help="eV/A, with --relax (default: 0.02)")
+    p.add_argument("--steps", type=int, default=500, help="with --relax: at most so many (default: 500)")
+    p.add_argument("--symprec", type=float, help="A, with --relax: keep the symmetry found at this precision")
+    p.add_argument("--out", help="write the structures with their results; extxyz, or by the suffix what ASE writes")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
+    p.add_argument("--conv", choices=["auto", "torch", "oeq"], default="auto", help="convolution")
+    a, failed = p.parse_args(), 0
+    try:
+        calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
+        names, structures = zip(*read(a.files))
+        out = {}
+        print(f"{'structure':32} {'formula':>16} {'energy':>12} {'energy/atom':>12} {'max force':>10} {'pressure':>10}", end="")
+        print(f"{'steps':>7}" if a.relax else "")
+        print(f"{'':32} {'':>16} {'eV':>12} {'eV':>12} {'eV/A':>10} {'GPa':>10}")
+        if not a.relax:  # constraints take no part
+            for atoms in structures:
+                atoms.set_constraint()
+        results = calc.relax(structures, a.fmax, a.steps if a.relax else 0, symprec=a.symprec)
+        for index, atoms, energy, converged, steps, error in results:
+            row = f"{names[index][-32:]:32} {str(atoms.symbols)[:16]:>16} "
+            if error:
+                print(f"{row}error: {error}")
+                failed += 1
+                continue
+            out[index], stress = atoms, atoms.calc.results.get("stress")
+            force = np.linalg.norm(atoms.calc.results["forces"], axis=1).max()
+            pressure = "-" if stress is None else f"{-stress[:3].mean() / GPa:.3f}"
+            row += f"{energy:12.5f} {energy / len(atoms):12.5f} {force:10.4f} {pressure:>10}"
+            print(f"{row}{steps:7}{'' if converged else ' not converged'}" if a.relax else row)
+        if a.out and out:
+            ase.io.write(a.out, [out[i] for i in sorted(out)])
+    except (ValueError, OSError, ImportError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if failed:
+        sys.exit(f"error: {failed} of {len(structures)} structures failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""calc.py against ASE's own optimizers and filters, the official values of the released weights, and lists made anew.
+
+All 60 relaxations, not 6: RELAXATIONS=60 python -m pytest -s test_calc.py -k ases_own (a quarter of an hour on a CPU)
+"""
+
+import io
+import itertools
+import json
+import os
+import urllib.request
+import zipfile
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import bulk, fcc111, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.constraints import FixAtoms, FixSymmetry
+from ase.filters import FrechetCellFilter
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import FIRE
+
+import calc as calc_module
+import model as nequix
+from calc import NequixCalculator, matrix_exp, matrix_log
+from model import energy_forces_stress, save
+from test_data import batch_of, odd_structures, run
+from test_model import SHARED, needs_shared, small_model
+
+MP1 = SHARED / "weights/nequix-mp-1.nqx"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calc") / "model.pt"
+    save(path, small_model())
+    return path
+
+
+@pytest.fixture
+def calc(weights):
+    return NequixCalculator(weights, "cpu", "float64")
+
+
+@pytest.fixture(scope="module")
+def mp1():
+    return NequixCalculator(MP1, "cpu", "float64")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@needs_shared
+def test_calculator_reproduces_the_official_values(mp1):
+    """39 structures, from the official code in float64, one after the other through one calculator."""
+    cases = json.loads((SHARED / "reference/nequix-mp-1.json").read_text())["cases"]
+    worst = dict(energy=0, energies=0, forces=0, stress=0)
+    for case in cases:
+        atoms = Atoms(case["numbers"], case["positions"], cell=case["cell"], pbc=case["pbc"], calculator=mp1)
+        energy = atoms.get_potential_energy()
+        assert atoms.get_potential_energy(force_consistent=True) == energy
+        errors = dict(energy=(energy - case["energy"]) / len(atoms), forces=atoms.get_forces() - case["forces"])
+        if len(atoms) < 4:
+            errors["energies"] = atoms.get_potential_energies().sum() - energy
+        if case["stress"] is None:
+            with pytest.raises(PropertyNotImplementedError):
+                atoms.get_stress()
+        else:
+            errors["stress"] = atoms.get_stress(voigt=False) - case["stress"]
+        worst = worst | {k: max(worst[k], np.abs(v).max()) for k, v in errors.items()}
+    print("\n" + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+    assert worst["energy"] < 1e-6 and worst["energies"] < 1e-9 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
+
+
+@needs_shared
+def test_slabs_and_wires_equal_the_same_with_vacuum_periodic(mp1):
+    """The official code drops the images unless all three directions are periodic, and is wrong here: so the comparison is
+    with a cell that is periodic everywhere and so wide that the images do not meet."""
+    slab, wire = fcc111("Pt", (2, 2, 3), vacuum=8), Atoms("NaCl", [[0, 0, 0], [2.6, 0.3, 0]], cell=[5.4, 20, 20], pbc=[1, 0, 0])
+    skewed = Atoms("Si", cell=[[2.5, 0, 0], [1.2, 2.2, 0.4], [0, 0, 0]], pbc=[1, 1, 0])
+    for atoms in (slab, wire, skewed):
+        atoms.rattle(0.1, seed=0)
+        periodic = atoms.copy()
+        if not periodic.cell[2].any():
+            periodic.cell[2] = 30 * np.cross(*periodic.cell[:2]) / np.linalg.norm(np.cross(*periodic.cell[:2]))
+        periodic.pbc = True
+        atoms.calc = periodic.calc = mp1
+        assert atoms.get_potential_energy() == pytest.approx(periodic.get_potential_energy(), abs=1e-9)
+        np.testing.assert_allclose(atoms.get_forces(), periodic.get_forces(), atol=1e-9)
+
+
+def test_energies_are_per_atom_in_the_callers_order(calc):
+    atoms = Atoms("NaHNaCl", [[0, 0, 0], [50, 0, 0], [100, 0, 0], [102, 0, 0]], calculator=calc)
+    energies = atoms.get_potential_energies()
+    assert energies.sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
+    for i in (0, 1):
+        alone = atoms[[i]]
+        alone.calc = calc
+        assert energies[i] == pytest.approx(alone.get_potential_energy(), abs=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Neighbour list with a skin
+
+
+def fresh(calc, atoms):
+    return [x.numpy() for x in energy_forces_stress(calc.model, batch_of([atoms], 6.0))]
+
+
+@pytest.mark.parametrize("pbc", [[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+def test_list_with_a_skin_is_exact(calc, pbc):
+    """Positions and cell wander off by steps small and large: always the values of a list made anew; and it is not
+    made anew each time."""
+    rng = np.random.default_rng(0)
+    atoms, lists = bulk("NaCl", "rocksalt", 5.6) * (2, 1, 2), set()
+    atoms.pbc = pbc
+    atoms.calc = calc
+    for step in range(60):
+        atoms.positions += rng.normal(size=(8, 3)) * (0.5 if step % 20 == 19 else 0.02)
+        if step % 3 == 0:
+            atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(size=(3, 3)) * 0.004), scale_atoms=step % 2 == 0)
+        if step == 30:
+            atoms.wrap()
+        energy, forces, stress = fresh(calc, atoms)
+        assert atoms.get_potential_energy() == pytest.approx(energy[0], abs=1e-10)
+        np.testing.assert_allclose(atoms.get_forces(), forces, atol=1e-10)
+        if all(pbc):
+            np.testing.assert_allclose(atoms.get_stress(voigt=False), stress[0], atol=1e-11)
+        lists.add(id(calc.listed[1]))
+    assert 3 <= len(lists) < 40
+
+
+def test_list_follows_every_change_of_the_atoms(calc):
+    """Elements, number of atoms, periodicity, and a calculator passed from one structure to another."""
+    for atoms in odd_structures()[:25]:
+        for symbol in ("Na", "Si"):
+            for pbc in (atoms.pbc, [False] * 3):
+                atoms.symbols, atoms.pbc, atoms.calc = symbol, pbc, calc
+                energy, forces, _ = fresh(calc, atoms)
+                if np.isfinite(energy[0]):
+                    assert atoms.get_potential_energy() == pytest.approx(energy[0], rel=1e-9, abs=1e-9)
+                    np.testing.assert_allclose(atoms.get_forces(), forces, rtol=1e-9, atol=1e-9)
+
+
+def test_list_keeps_nothing_that_the_caller_may_change(calc):
+    atoms = bulk("NaCl", "rocksalt", 5.6)
+    calc.hessian(atoms)
+    atoms.positions[0] += 3.0
+    atoms.cell[0] *= 1.3
+    atoms.calc = calc
+    assert atoms.get_potential_energy() == pytest.approx(fresh(calc, atoms)[0][0], abs=1e-10)
+
+
+def test_many_edges_take_the_other_way(calc):
+    """Beyond 100,000 edges those past the cutoff are dropped: the same to rounding."""
+    atoms = bulk("Si", cubic=True) * 7  # 2,744 atoms
+    atoms.rattle(0.05, seed=0)
+    atoms.calc = calc
+    first = atoms.get_forces()
+    assert len(calc.listed[0].senders) > 100_000
+    atoms.positions += 1e-9
+    np.testing.assert_allclose(atoms.get_forces(), first, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Molecular dynamics
+
+
+@needs_shared
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 0.02), ("float32", 0.05)])
+def test_nve_conserves_energy(dtype, tolerance):
+    """8 atoms of silicon at 600 K, 0.1 ps; bench_speed.py --nve does 1 ps of 64 and 216 atoms."""
+    atoms = bulk("Si", cubic=True)
+    atoms.rattle(0.02, seed=0)
+    atoms.calc = NequixCalculator(MP1, "cpu", dtype)
+    atoms.set_momenta(np.random.default_rng(0).normal(size=(8, 3)) * np.sqrt(600 * units.kB * atoms.get_masses())[:, None])
+    md, energies = VelocityVerlet(atoms, 1 * units.fs), []
+    md.attach(lambda: energies.append(atoms.get_total_energy() / len(atoms) * 1000))
+    md.run(100)
+    print(f"\n{dtype}: {np.polyfit(np.arange(len(energies)) / 1000, energies, 1)[0]:.4f} meV/atom/ps, spread {np.ptp(energies):.4f}")
+    assert np.ptp(energies) < 1.0 and abs(np.mean(energies[-30:]) - np.mean(energies[:30])) < tolerance
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relaxation
+
+
+def test_matrix_functions():
+    import scipy.linalg
+
+    m = torch.randn(50, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.15
+    expected = torch.from_numpy(np.stack([scipy.linalg.expm(x) for x in m.numpy()]))
+    torch.testing.assert_close(matrix_exp(m), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(matrix_log(expected), m, rtol=0, atol=1e-13)
+
+
+def ase_relaxed(atoms, calc, fmax, steps, mask=None, symprec=None):
+    atoms = atoms.copy()
+    atoms.calc = calc
+    if symprec is not None:
+        atoms.set_constraint(FixSymmetry(atoms, symprec))
+    optimizer = FIRE(FrechetCellFilter(atoms, mask=mask) if atoms.pbc.all() else atoms, logfile=None)
+    converged = optimizer.run(fmax, steps)
+    return atoms, atoms.get_potential_energy(), bool(converged), optimizer.nsteps
+
+
+def distorted():
+    """Strained and rattled; a left-handed cell, one shorter than the cutoff, a slab, molecules, atoms alone."""
+    out = [bulk("NaCl", "rocksalt", 5.9), bulk("Si", cubic=True), bulk("Pt"), Atoms("CO", cell=[3, 3.3, 3.1], pbc=True)]
+    out[3].positions[1] = [0.4, 0.3, 1.3]
+    rng = np.random.default_rng(0)
+    for atoms in out:
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(size=(3, 3)) * 0.03), scale_atoms=True)
+        atoms.rattle(0.08, rng=rng)
+    out[1].cell[[0, 1]] = out[1].cell[[1, 0]]
+    out += [fcc111("Pt", (1, 1, 3), vacuum=8), molecule("H2O"), Atoms("Na"), Atoms("Na", cell=[4, 4, 4], pbc=True)]
+    out[4].rattle(0.1, rng=rng)
+    out[5].rattle(0.1, rng=rng)
+    return out
+
+
+@pytest.mark.parametrize(
+    "mask", [None, [1, 1, 1, 0, 0, 0], [0] * 6, [1, 0, 1, 1, 0, 1], np.ones((3, 3)) - np.eye(3)], ids=str
+)
+def test_relax_takes_the_path_of_ase(calc, mask):
+    """In float64 step for step: as many steps, the same positions and cell; whatever is in the batch with it."""
+    structures, seen = distorted(), []
+    for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.03, 25, cell_mask=mask):
+        expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.03, 25, mask)
+        assert error is None and [converged, steps] == rest, (i, atoms)
+        assert energy == pytest.approx(expected_energy, abs=1e-8) == atoms.get_potential_energy()
+        np.testing.assert_allclose(atoms.positions, expected.positions, atol=1e-7)
+        np.testing.assert_allclose(atoms.cell.array, expected.cell.array, atol=1e-7)
+        seen.append(i)
+    assert sorted(seen) == list(range(len(structures)))
+
+
+@pytest.mark.parametrize("mask", [None, [1, 1, 1, 0, 0, 0]], ids=str)
+def test_relax_keeps_symmetry_as_ase(calc, mask):
+    """FixSymmetry on a tetragonal, a cubic, a hexagonal and a rhombohedral crystal."""
+    pytest.importorskip("spglib")
+    rutile = Atoms("Pt2O4", cell=[4.6, 4.6, 3.0], pbc=True)
+    u = 0.31
+    rutile.set_scaled_positions([[0, 0, 0], [0.5] * 3, [u, u, 0], [-u, -u, 0], [0.5 + u, 0.5 - u, 0.5], [0.5 - u, 0.5 + u, 0.5]])
+    hexagonal = Atoms("Si2", cell=[[3, 0, 0], [-1.5, 1.5 * 3**0.5, 0], [0, 0, 5]], pbc=True)
+    hexagonal.set_scaled_positions([[1 / 3, 2 / 3, 0.25], [2 / 3, 1 / 3, 0.75]])
+    rhombohedral = bulk("NaCl", "rocksalt", 5.4)
+    rhombohedral.set_cell(rhombohedral.cell.array @ (np.eye(3) + 0.03 * (np.ones((3, 3)) - np.eye(3))), scale_atoms=True)
+    rhombohedral.positions[1] += 0.1
+    structures = [rutile, bulk("Si", cubic=True), hexagonal, rhombohedral]
+    for atoms in structures:
+        atoms.rattle(1e-4, seed=0)  # within symprec: refined away
+    for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.01, 60, mask, symprec=0.01):
+        expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.01, 60, mask, symprec=0.01)
+        assert error is None and [converged, steps] == rest, (i, atoms)
+        assert energy == pytest.approx(expected_energy, abs=1e-8)
+        np.testing.assert_allclose(atoms.cell.array, expected.cell.array, atol=1e-7)
+        np.testing.assert_allclose(atoms.positions, expected.positions, atol=1e-7)
+
+
+@needs_shared
+def test_relax_reaches_ases_own_minimum(mp1):
+    """Structures from all over WBM, nequix-mp-1, float64 in ASE's one-by-one and float32 in the batch: within 1 meV/atom."""
+    n = int(os.environ.get("RELAXATIONS", 6))
+    with zipfile.ZipFile(SHARED / "data/wbm-initial-atoms.extxyz.zip") as z:
+        members = sorted(z.namelist())
+        picks = [members[i] for i in np.linspace(0, len(members) - 1, n).astype(int)]
+        structures = [ase.io.read(io.StringIO(z.read(m).decode()), 7 * k, format="extxyz") for k, m in enumerate(picks)]
+    f32 = NequixCalculator(MP1, "cpu")
+    worst, ours, theirs = 0, 0, 0
+    for i, atoms, energy, converged, steps, error in f32.relax(structures, 0.02, 500):
+        expected, expected_energy, *rest = ase_relaxed(structures[i], mp1, 0.02, 500)
+        difference = 1000 * abs(energy - expected_energy) / len(atoms)
+        print(f"{i} {atoms.symbols}: {difference:.4f} meV/atom; steps {steps}, ASE {rest[1]}; converged {converged}, ASE {rest[0]}")
+        worst, ours, theirs = max(worst, difference), ours + converged, theirs + rest[0]
+        assert error is None
+    print(f"{n} structures: largest difference {worst:.4f} meV/atom; converged {ours}, ASE {theirs}")
+    assert worst < 1
+
+
+def test_relax_streams(calc, monkeypatch):
+    """An endless stream: results come while it is read, and no more of it is read than a batch or so."""
+    calc.max_edges, read = 1000, 0
+
+    def stream():
+        nonlocal read
+        for k in itertools.count():
+            read += 1
+            atoms = bulk("NaCl", "rocksalt", 5.6 + 0.01 * (k % 7))
+            atoms.info["k"] = k
+            yield atoms
+
+    seen = []
+    for i, atoms, *_, error in itertools.islice(calc.relax(stream(), 0.05, 30), 60):
+        assert error is None and atoms.info["k"] == i
+        seen.append(i)
+    assert len(set(seen)) == 60 and read < 80
+
+
+def test_bad_structures_stop_no_other(calc):
+    pytest.importorskip("spglib")
+    fixed = bulk("Si")
+    fixed.set_constraint(FixAtoms([0]))
+    bad = {k: (atoms, words) for k, (atoms, words) in enumerate([*BAD.values(), (fixed, "constraints"), (TWO, "not finite")])}
+    structures = [bad[k // 2][0] if k % 2 else bulk("Si") for k in range(2 * len(bad))]
+    results = {r[0]: r for r in calc.relax(structures, 0.05, 5)}
+    assert len(results) == len(structures)
+    for k in range(len(structures)):
+        _, atoms, energy, converged, steps, error = results[k]
+        if k % 2:
+            assert bad[k // 2][1] in error and not converged and np.isnan(energy) and "\n" not in error
+        else:
+            assert error is None and np.isfinite(energy)
+    (result,) = calc.relax([molecule("H2O")], 0.05, 5, symprec=0.01)
+    assert "periodic in three" in result[-1]
+
+
+def test_out_of_memory_halves_the_budget(calc, monkeypatch):
+    """The model fails above 1,500 edges: all the same results come out, but for what does not fit at all."""
+    small = [bulk("NaCl", "rocksalt", 5.6 + 0.05 * k) for k in range(30)]
+    large = bulk("Si", cubic=True) * 4
+    expected = {r[0]: r for r in calc.relax(small, 0.03, 20)}
+
+    def limited(model, batch):
+        if len(batch.senders) > 1500:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return energy_forces_stress(model, batch)
+
+    monkeypatch.setattr(calc_module, "energy_forces_stress", limited)
+    results = {r[0]: r for r in calc.relax([*small, large], 0.03, 20)}
+    assert calc.max_edges < 15_000 and "out of memory" in results.pop(30)[-1]
+    assert results.keys() == expected.keys()
+    for k, (_, atoms, energy, *rest) in results.items():
+        assert energy == pytest.approx(expected[k][2], abs=1e-9) and tuple(rest) == expected[k][3:]
+    with pytest.raises(ValueError, match="structure 30: out of memory"):
+        calc.predict([*small, large])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input, command line, weights by name
+
+TWO = Atoms("Na2", np.zeros((2, 3)))
+BAD = {
+    "empty": (Atoms(), "no atoms"),
+    "NaN positions": (Atoms("Na", [[np.nan, 0, 0]]), "not finite"),
+    "NaN cell": (Atoms("Na", cell=[np.nan, 3, 3], pbc=True), "not finite"),
+    "lacking element": (Atoms("NaFe"), "lacks: Fe"),
+    "no element": (Atoms("X"), "unknown element"),
+    "zero volume": (Atoms("Na", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), "zero volume"),
+    "no cell": (Atoms("Na", pbc=True), "zero volume"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_atoms_are_told(calc, name):
+    atoms, words = BAD[name]
+    for ask in (calc.get_potential_energy, calc.hessian, lambda a: calc.predict([bulk("Si"), a])):
+        with pytest.raises(ValueError, match=words):
+            ask(atoms)
+
+
+def test_atoms_at_one_place_are_told(calc):
+    with pytest.raises(ValueError, match="not finite: two atoms at one place"):
+        calc.get_potential_energy(TWO)
+
+
+def test_command_line(weights, tmp_path):
+    frames = [Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc) for a in distorted()[:6]]
+    frames[0].set_constraint(FixAtoms([0]))
+    ase.io.write(tmp_path / "a.traj", frames)
+    ase.io.write(tmp_path / "b.cif", bulk("Si"))
+    f64 = "--weights", weights, "--device", "cpu", "--dtype", "float64"
+    said = run("calc.py", tmp_path / "a.traj", tmp_path / "b.cif", *f64, "--out", tmp_path / "out.extxyz")
+    assert "eV/A" in said and "GPa" in said and len(said.splitlines()) == 2 + 7, said
+    calc = NequixCalculator(weights, "cpu", "float64")
+    written = ase.io.read(tmp_path / "out.extxyz", ":")
+    for atoms, expected in zip(written, frames):
+        expected.set_constraint()
+        expected.calc = calc
+        assert atoms.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-6)
+        np.testing.assert_allclose(atoms.get_forces(), expected.get_forces(), atol=1e-6)
+    said = run("calc.py", tmp_path / "b.cif", *f64, "--relax", "--steps", 3)
+    assert said.splitlines()[-1].endswith("3 not converged") and "steps" in said
+
+    ase.io.write(tmp_path / "bad.traj", [bulk("Si"), Atoms("Fe"), bulk("Si")])
+    said = run("calc.py", tmp_path / "bad.traj", *f64, ok=False)
+    assert "error: elements that the model lacks: Fe" in said and said.strip().endswith("error: 1 of 3 structures failed")
+    (tmp_path / "text.xyz").write_text("hello\n")
+    for bad in ("none.cif", "text.xyz"):
+        said = run("calc.py", tmp_path / bad, *f64, ok=False).strip()
+        assert said.startswith("error: ") and f"{bad} cannot be read" in said and len(said.splitlines()) == 1
+    said = run("calc.py", tmp_path / "b.cif", "--weights", tmp_path / "none.pt", ok=False)
+    assert "error: no weights at" in said and "nequix-mp-1" in said
+
+
+def test_weights_by_name(tmp_path, monkeypatch):
+    """Downloaded once, checked, into the cache; offline and damaged are told in one line that says what to do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path, fetched = tmp_path / "modded-nequix/nequix-mp-1.nqx", []
+
+    def urlopen(url, timeout):
+        fetched.append(url)
+        if content is None:
+            raise urllib.request.URLError("offline")
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    content = None
+    with pytest.raises(OSError, match=f"get https://github.com/.*/models/nequix-mp-1.nqx on .* put it at {path}"):
+        nequix.load("nequix-mp-1")
+    content = b"an error page"
+    with pytest.raises(ValueError, match="sha256 should be"):
+        nequix.load("nequix-mp-1")
+    assert list(path.parent.iterdir()) == []
+    if MP1.exists():
+        content = MP1.read_bytes()
+        assert len(NequixCalculator("nequix-mp-1", "cpu").model.e0) == 89
+        n = len(fetched)
+        nequix.load("nequix-mp-1")
+        assert len(fetched) == n and [p.name for p in path.parent.iterdir()] == ["nequix-mp-1.nqx"]
+        path.write_bytes(content[:-1])
+        with pytest.raises(ValueError, match="delete it and try again"):
+            nequix.load("nequix-mp-1")
