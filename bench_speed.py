@@ -137,7 +137,7 @@ def main():
     p.add_argument("--ps", type=float, default=1.0, help="with --nve: so long (default: 1 ps)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
-    p.add_argument("--conv", choices=["auto", "torch", "oeq"], default="auto", help="convolution")
+    p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
     a = p.parse_args()
     try:
         calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)

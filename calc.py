@@ -485,7 +485,7 @@ def main():
     p.add_argument("--out", help="write the structures with their results; extxyz, or by the suffix what ASE writes")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
-    p.add_argument("--conv", choices=["auto", "torch", "oeq"], default="auto", help="convolution")
+    p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
     a, failed = p.parse_args(), 0
     try:
         calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)

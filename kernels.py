@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-NVRTC = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
 BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
 FORWARD_UNROLL = "#pragma unroll 1"
 TWO_OCTETS = 1
@@ -942,6 +941,12 @@ def check(status, what):
         raise RuntimeError(f"{what} failed with CUDA error {status}")
 
 
+def load_nvrtc():
+    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
+    found = sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}"))  # pip's, off the loader's path
+    return ctypes.CDLL(str(found[0]) if found else name)
+
+
 def compile_cuda(code, capability):
     """CUDA C++ -> machine code, by the NVRTC that torch has loaded, once: it is kept in the user's cache folder.
 
@@ -952,7 +957,7 @@ def compile_cuda(code, capability):
     file = cache / (hashlib.sha256((architecture + code).encode()).hexdigest()[:32] + ".cubin")
     if file.exists():
         return file.read_bytes()
-    nvrtc, program, size = ctypes.CDLL(NVRTC), ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc, program, size = load_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None), "NVRTC")
     options = [b"--gpu-architecture=" + architecture.encode(), b"--std=c++17"]
     if nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):

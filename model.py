@@ -214,15 +214,19 @@ def oeq_error():
     return None if BUILT_EXTENSION else str(BUILT_EXTENSION_ERROR)
 
 
-def choose_conv(kind, device, dtype=torch.float32):
-    """"auto" -> the fastest convolution that works on `device`. Raises ValueError if the one asked for does not."""
+def choose_conv(kind, device, dtype=torch.float32, width=64):
+    """"auto" -> the fastest convolution that works on `device`, for networks of `dtype` with a radial MLP of `width`.
+
+    The fused kernels have no float64; plain torch stands in. Raises ValueError if the one asked for does not work.
+    """
     on_cuda = torch.device(device).type == "cuda"
+    fits = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0) and width % 64 == 0
     if kind == "auto":
-        return "oeq" if on_cuda and oeq_error() is None else "torch"
+        return "fused" if fits and dtype == torch.float32 else "oeq" if on_cuda and oeq_error() is None else "torch"
     if kind == "oeq" and (oeq_error() or not on_cuda):
         raise ValueError(f"--conv oeq does not work here ({oeq_error() or 'the model is not on a CUDA device'})")
-    if kind == "fused" and not on_cuda:
-        raise ValueError("--conv fused works on CUDA devices only")
+    if kind == "fused" and not fits:
+        raise ValueError("--conv fused needs a CUDA device of compute capability 8.0 and a radial MLP 64, 128, ... wide")
     return "torch" if kind == "fused" and dtype == torch.float64 else kind
 
 
@@ -367,6 +371,9 @@ class Nequix(nn.Module):
         self.e0 = e0.to(self.e0.device)  # reference energies and sums of energies stay in float64
         return self
 
+    def chosen_conv(self):
+        return choose_conv(self.conv, self.e0.device, self.readout[0].dtype, self.config["radial_size"])
+
     def fused(self, numbers, vectors, senders, row_ptr):
         """`forward` by fused kernels, differentiable once, and by the vectors alone; and what `fused_tangent` goes on from."""
         c = self.config
@@ -411,7 +418,7 @@ class Nequix(nn.Module):
         numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv.
         """
         c = self.config
-        conv = choose_conv(self.conv, vectors.device, self.readout[0].dtype)
+        conv = self.chosen_conv()
         if conv == "fused":
             return self.fused(numbers, vectors, senders, row_ptr)[0]
         dtype = self.readout[0].dtype

@@ -147,7 +147,7 @@ def loss_and_gradient(model, batch, weights, counts):
     sum_atoms (dL/dE) E + D, where D is the derivative of the energy along the edge vectors' direction dL/dg. With fused
     kernels D is computed forward, as a tangent, and nothing is differentiated twice; elsewhere autograd does that.
     """
-    if nequix.choose_conv(model.conv, batch.vectors.device, model.readout[0].dtype) != "fused":
+    if model.chosen_conv() != "fused":
         loss = batch_loss(batch, energy_forces_stress(model, batch, create_graph=True), weights, counts)
         loss.backward(inputs=list(model.parameters()))
         return loss.detach()
@@ -212,7 +212,7 @@ def default_max_edges(model, device):
     for layer in model.layers:
         w = layer.radial[-1].shape[1]
         messages = sum((2 * l + 1) * m for l, m in enumerate(layer.muls_mid))
-        floats += dict(torch=w + 2 * messages, oeq=w, fused=100)[nequix.choose_conv(model.conv, device, model.readout[0].dtype)]
+        floats += dict(torch=w + 2 * messages, oeq=w, fused=100)[model.chosen_conv()]
     return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / (12 * 4 * floats)), 10_000)
 
 
@@ -267,7 +267,7 @@ def draw_curve(path, history, targets):
 
 def run_header(a, packed, device, ranks, model):
     here = Path(__file__).parent
-    sources = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py muon.py data.py".split())
+    sources = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     smi = ""
     if device.type == "cuda" and shutil.which("nvidia-smi"):
@@ -275,7 +275,7 @@ def run_header(a, packed, device, ranks, model):
     return (
         f"{sources}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}"
         f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
-        f"{ranks} x {name}, convolution: {nequix.choose_conv(a.conv, device)}\n"
+        f"{ranks} x {name}, convolution: {model.chosen_conv()}\n"
         f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n"
         f"{asdict(a)}\n{sum(p.numel() for p in model.parameters())} weights\n"
     )
