@@ -131,8 +131,8 @@ DEV void radial(float (*w)[4], const Hidden* __restrict__ hidden, i64 ea, i64 eb
     }
   }
 }
-DEV void load8(float (&h)[8], const Hidden* __restrict__ p) {
-  float4 a = __ldg((const float4*)p), b = __ldg((const float4*)p + 1);
+DEV void load8_shared(float (&h)[8], const Hidden* p) {
+  float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
   h[0] = a.x; h[1] = a.y; h[2] = a.z; h[3] = a.w; h[4] = b.x; h[5] = b.y; h[6] = b.z; h[7] = b.w;
 }
 #else
@@ -150,12 +150,11 @@ DEV void radial(float (*w)[4], const Hidden* __restrict__ hidden, i64 ea, i64 eb
     }
   }
 }
-DEV void unpack(float (&h)[8], uint4 a) {
+DEV void load8_shared(float (&h)[8], const Hidden* p) {
+  uint4 a = *(const uint4*)p;
   h[0] = low(a.x); h[1] = high(a.x); h[2] = low(a.y); h[3] = high(a.y);
   h[4] = low(a.z); h[5] = high(a.z); h[6] = low(a.w); h[7] = high(a.w);
 }
-DEV void load8(float (&h)[8], const Hidden* __restrict__ p) { unpack(h, __ldg((const uint4*)p)); }
-DEV void load8_shared(float (&h)[8], const Hidden* p) { unpack(h, *(const uint4*)p); }
 #endif
 
 // gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T. Column n' of product n is row 8 n' + n of w3.
@@ -181,17 +180,29 @@ DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const Hidden* 
 #endif
 }
 
-// Into the L1 cache, by an asynchronous copy to where nobody reads: no register waits for it. Loads of the next tile are
-// announced so while this one is worked on.
-DEV void touch(const void* p) {
-  __shared__ float4 nowhere[128];
-  const unsigned to = (unsigned)__cvta_generic_to_shared(nowhere + threadIdx.x);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"(to), "l"((i64)p & ~15ll));
+// Rows of 8 edges in shared memory, 16 bytes apart
+#define SH_ROW ((4 * SH + 31) / 16 * 16)
+#define HIDDEN_ROW (sizeof(Hidden) * K + 16)
+struct __align__(16) Rows { char sh[8 * SH_ROW], shd[8 * SH_ROW], hidden[8 * HIDDEN_ROW], slope[8 * HIDDEN_ROW]; };
+template <int BYTES, int ROW_BYTES>
+DEV void copy_rows(char* to, const void* from, i64 e0, i64 end, int lane) {
+  const int UNIT_BYTES = BYTES % 16 ? 4 : 16, UNITS = BYTES / UNIT_BYTES;
+  for (int i = lane; i < 8 * UNITS; i += 32) {
+    const int row = i / UNITS, column = i % UNITS * UNIT_BYTES;
+    const char* p = (const char*)from + min(e0 + row, end - 1) * BYTES + column;
+    if (UNIT_BYTES == 16) *(float4*)(to + row * ROW_BYTES + column) = __ldg((const float4*)p);
+    else *(float*)(to + row * ROW_BYTES + column) = __ldg((const float*)p);
+  }
 }
-// 32-byte sectors of `bytes` at edge `lane % EDGES` of a row-wise array
-template <int EDGES>
-DEV void touch_row(const void* p, i64 edge, int bytes, int lane) {
-  for (int i = lane / EDGES * 32; i < bytes; i += 1024 / EDGES) touch((const char*)p + edge * bytes + i);
+DEV void load_row(float (&s)[SH], const char* row) {
+#if SH % 4 == 0
+  EACH(i, SH / 4) {
+    float4 f = ((const float4*)row)[i];
+    s[4 * i] = f.x; s[4 * i + 1] = f.y; s[4 * i + 2] = f.z; s[4 * i + 3] = f.w;
+  }
+#else
+  EACH(i, SH) s[i] = ((const float*)row)[i];
+#endif
 }
 
 DEV void put(float (&w)[4], int slot, int c, float v) {
@@ -224,13 +235,6 @@ DEV void load_x(float (&x)[D1], float (&x1)[D1], const float* __restrict__ feat,
     Pair v = load2(feat + atom * XDIM + XOFF + m * MUL + u, second);
     x[m] = v.v[0]; x1[m] = v.v[1];
   }}
-}}
-
-// features of channels u.. at the senders of a tile; lane % EDGES has sender j
-template <int EDGES>
-DEV void touch_x(const float* x, i64 j, int u, int channels, int lane) {{
-  for (int i = lane / EDGES; i < D1 * channels / 8; i += 32 / EDGES)
-    touch(x + j * XDIM + XOFF + i % D1 * MUL + min(u + i / D1 * 8, MUL - 1));
 }}
 
 DEV void stage(Hidden* w3, const float* __restrict__ source, int u0, int octets) {{
@@ -270,17 +274,8 @@ DEV void forward(const Args& A, int u0, Hidden* smem) {{
     for (i64 e0 = begin; e0 < end; e0 += 16) {{
       const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
       float w[OCTETS * NP][4], wd[TANGENT ? OCTETS * NP : 1][4];
-      const i64 next = min(min(e0 + 16, end) + lane % 16, A.n_edges - 1), jn = A.senders[next];
       radial<OCTETS * NP>(w, A.hidden, ea, eb, w3, g, q);
       if constexpr (TANGENT) radial<OCTETS * NP>(wd, A.slope, ea, eb, w3, g, q);
-      touch_x<16>(A.x, jn, first[0] - 2 * q, 8 * OCTETS, lane);
-      touch_row<16>(A.sh, next, 4 * SH, lane);
-      touch_row<16>(A.hidden, next, sizeof(Hidden) * K, lane);
-      if constexpr (TANGENT) {{
-        touch_x<16>(A.xd, jn, first[0] - 2 * q, 8 * OCTETS, lane);
-        touch_row<16>(A.shd, next, 4 * SH, lane);
-        touch_row<16>(A.slope, next, sizeof(Hidden) * K, lane);
-      }}
       const i64 ja = A.senders[ea], jb = A.senders[eb];
 FORWARD_UNROLL
       for (int t = 0; t < 2; t++) {{
@@ -318,10 +313,6 @@ DEV void backward(const Args& A, int u0, Hidden* smem) {{
   const int run = A.chunk / {WARPS}, start = blockIdx.x * A.chunk + warp * run, last = min(A.n_atoms, start + run);
   for (int node = start; node < last; node++) {{
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
-    if (node + 1 < last) {{
-      touch_gy(A.gy + (i64)(node + 1) * YDIM + u0, 8 * octets, lane);
-      if constexpr (MODE == 2) touch_gy(A.gyd + (i64)(node + 1) * YDIM + u0, 8 * octets, lane);
-    }}
     for (i64 e0 = begin; e0 < end; e0 += 16) {{
       const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
       float gs[MODE == 2 ? 1 : 2][4 * SH4], gr[2] = {{0, 0}};
@@ -329,18 +320,8 @@ DEV void backward(const Args& A, int u0, Hidden* smem) {{
       if constexpr (MODE != 2) EACH(i, 4 * SH4) gs[0][i] = gs[1][i] = 0;
       if constexpr (MODE != 0) EACH(n, K / 8) EACH(i, 4) gh[n][i] = 0;
       if constexpr (MODE == 2) EACH(n, K / 8) EACH(i, 4) gh2[n][i] = 0;
-      const i64 here = min(e0 + lane % 16, A.n_edges - 1), next = min(min(e0 + 16, end) + lane % 16, A.n_edges - 1);
-      const i64 j_here = A.senders[here], j_next = A.senders[next];
-      touch_row<16>(A.sh, next, 4 * SH, lane);
-      touch_row<16>(A.hidden, next, sizeof(Hidden) * K, lane);
-      if constexpr (MODE != 1) touch_row<16>(A.slope, next, sizeof(Hidden) * K, lane);
-      if constexpr (MODE == 2) touch_row<16>(A.shd, next, 4 * SH, lane);
 #pragma unroll 1
       for (int o = 0; o < octets; o++) {{
-        const i64 j_soon = o + 1 < octets ? j_here : j_next;
-        const int u_soon = o + 1 < octets ? u0 + 8 * o + 8 : u0;
-        touch_x<16>(A.x, j_soon, u_soon, 8, lane);
-        if constexpr (MODE == 2) touch_x<16>(A.xd, j_soon, u_soon, 8, lane);
         const Hidden* w3 = smem + o * NP * PLANE;
         const int first = u0 + 8 * o + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
         float w[NP][4], wd[MODE == 1 ? 1 : NP][4];
@@ -431,7 +412,6 @@ struct Args {
   const Hidden *hidden, *slope;
   const i64 *senders, *row_ptr;
   float *out, *gx, *gsh, *gr, *gh, *gslope, *gw3;
-  i64 n_edges;
   int n_atoms, chunk;
 };
 DEV void red4(float* p, float a, float b, float c, float d) {
@@ -452,9 +432,10 @@ const int NP = {NP}, FIRST = {FIRST}, OUT = {OUT};
 {functions}
 
 template <bool DUAL>
-DEV void weight_grad(const Args& A, int u0) {{
+DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   u0 += 16 * (warp % {groups});
+  Rows& rows = all_rows[warp];
   const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   float acc[NP][K / 8][4];
   EACH(p, NP) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
@@ -467,18 +448,26 @@ DEV void weight_grad(const Args& A, int u0) {{
     for (i64 e0 = begin; e0 < end; e0 += 8) {{
       float a[NP][4], ad[DUAL ? NP : 1][4];
       const i64 ea = min(e0 + 2 * q, end - 1), eb = min(e0 + 2 * q + 1, end - 1);
-      const i64 next = min(min(e0 + 8, end) + lane % 8, A.n_edges - 1), jn = A.senders[next];
+      // harmonics and hidden of the 8 edges through shared memory: read in place, each line would be asked for many times
+      __syncwarp();
+      copy_rows<4 * SH, SH_ROW>(rows.sh, A.sh, e0, end, lane);
+      copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(rows.hidden, A.hidden, e0, end, lane);
+      if constexpr (DUAL) {{
+        copy_rows<4 * SH, SH_ROW>(rows.shd, A.shd, e0, end, lane);
+        copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(rows.slope, A.slope, e0, end, lane);
+      }}
+      __syncwarp();
       EACH(t, 2) {{
         const i64 e = t ? eb : ea, j = A.senders[e];
         const float valid = e0 + 2 * q + t < end;
         float x[2][D1], s[SH], v[2][NP];
         load_x(x[0], x[1], A.x, j, u, second);
-        load_sh(s, A.sh, e);
+        load_row(s, rows.sh + (2 * q + t) * SH_ROW);
         if constexpr (DUAL) {{
           float xd[2][D1], sd[SH], vd[2][NP];
           const float rd = valid * A.rd[e];
           load_x(xd[0], xd[1], A.xd, j, u, second);
-          load_sh(sd, A.shd, e);
+          load_row(sd, rows.shd + (2 * q + t) * SH_ROW);
           dual_weights(v, vd, x, xd, s, sd, gy, gyd);
           EACH(p, NP) EACH(c, 2) ad[p][2 * t + c] = rd * vd[c][p];
         }} else {{
@@ -486,26 +475,18 @@ DEV void weight_grad(const Args& A, int u0) {{
         }}
         EACH(p, NP) EACH(c, 2) a[p][2 * t + c] = valid * v[c][p];
       }}
-      touch_x<8>(A.x, jn, u0, 16, lane);
-      touch_row<8>(A.sh, next, 4 * SH, lane);
-      touch_row<8>(A.hidden, next, sizeof(Hidden) * K, lane);
-      if constexpr (DUAL) {{
-        touch_x<8>(A.xd, jn, u0, 16, lane);
-        touch_row<8>(A.shd, next, 4 * SH, lane);
-        touch_row<8>(A.slope, next, sizeof(Hidden) * K, lane);
-      }}
       // column n of b stands for row K/8 n' + n of w3, n' its number in the product: 8 in a row are one load
       EACH(k, K / 64) {{
         float ha[8], hb[8];
-        load8(ha, A.hidden + ea * K + K / 8 * g + 8 * k);
-        load8(hb, A.hidden + eb * K + K / 8 * g + 8 * k);
+        load8_shared(ha, (const Hidden*)(rows.hidden + 2 * q * HIDDEN_ROW) + K / 8 * g + 8 * k);
+        load8_shared(hb, (const Hidden*)(rows.hidden + (2 * q + 1) * HIDDEN_ROW) + K / 8 * g + 8 * k);
         EACH(n, 8) {{
           float b[2] = {{ha[n], hb[n]}};
           EACH(p, NP) product(acc[p][8 * k + n], a[p], b);
         }}
         if constexpr (DUAL) {{
-          load8(ha, A.slope + ea * K + K / 8 * g + 8 * k);
-          load8(hb, A.slope + eb * K + K / 8 * g + 8 * k);
+          load8_shared(ha, (const Hidden*)(rows.slope + 2 * q * HIDDEN_ROW) + K / 8 * g + 8 * k);
+          load8_shared(hb, (const Hidden*)(rows.slope + (2 * q + 1) * HIDDEN_ROW) + K / 8 * g + 8 * k);
           EACH(n, 8) {{
             float b[2] = {{ha[n], hb[n]}};
             EACH(p, NP) product(acc[p][8 * k + n], ad[p], b);
@@ -838,15 +819,6 @@ def generate_weights(paths):
     return "\n".join([*out, "}"])
 
 
-def generate_touch(paths):
-    """The rows of a node's gradient, 8 channels a sector"""
-    at = [p.y + m * p.stride for p in paths for m in p.outputs()]
-    out = [f"__constant__ const int AT[OUT] = {{{', '.join(map(str, at))}}};"]
-    out += ["DEV void touch_gy(const float* gy, int channels, int lane) {"]
-    out += ["  for (int i = lane; i < OUT * channels / 8; i += 32) touch(gy + AT[i % OUT] + i / OUT * 8);", "}"]
-    return "\n".join(out)
-
-
 def generate_store(paths):
     out = ["DEV void store(float* y, const float (&a)[OUT], const float (&b)[OUT], int second) {"]
     for p in paths:
@@ -892,7 +864,7 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
                 mine.append(Coupling(len(mine), l1, l2, l3, cg, offset, y_off[l3] + c, mid[l3]))
                 offset += 2 * l3 + 1
         at = [c for c, (_, m, _, _) in zip(columns, paths) if m == l1]
-        generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store, generate_touch
+        generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store
         octets = 2 if l1 < TWO_OCTETS and muls[l1] % 16 == 0 else 1
         fill = dict(OCTETS=octets, L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
         code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)).replace("FORWARD_UNROLL", FORWARD_UNROLL))
@@ -917,9 +889,9 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
         code += [*lines, "}"]
     for dual in "false", "true":
         code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}, {BOUNDS["weights"]}) weight_grad_{dual}(const Args A) {{')
-        code.append("  const int unit = blockIdx.y;")
+        code.append(f"  const int unit = blockIdx.y;\n  __shared__ Rows rows[{WARPS}];")
         for l1, G, start, n, channels in weight_cases:
-            code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels});")
+            code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels}, rows);")
         code.append("}")
     nodes, *dims = node_source(muls_out, norm)
     code.append(nodes)
@@ -932,8 +904,7 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
 
 class Args(ctypes.Structure):
     POINTERS = "x xd sh shd rd w3 gy gyd hidden slope senders row_ptr out gx gsh gr gh gslope gw3".split()
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_edges", ctypes.c_longlong)]
-    _fields_ += [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
 
 
 def check(status, what):
@@ -1032,7 +1003,7 @@ class Kernels:
         n = len(x)
         if n:
             chunk, grid = self.grid(n, 1, 16)
-            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_edges=len(senders), n_atoms=n, chunk=chunk)
+            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
             self.launch(name, grid, Args, **base, out=out, **tangents)
         return out
 
@@ -1042,7 +1013,7 @@ class Kernels:
         if n and len(senders):
             chunk, grid = self.grid(n, 1, 8)
             chunk, grid = WARPS * chunk, (-(-grid[0] // WARPS), grid[1])
-            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_edges=len(senders), n_atoms=n, chunk=chunk)
+            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
             self.launch(f"backward_{mode}", grid, Args, **base, gy=gy, **tensors)
 
     def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
@@ -1051,7 +1022,7 @@ class Kernels:
         chunk = -(-n // (blocks * WARPS)) * WARPS
         part = x.new_zeros(blocks * self.slots, self.width, self.w_dim)
         if n and len(senders):
-            base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_edges=len(senders), n_atoms=n, chunk=chunk)
+            base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
             kind = "true" if tangents else "false"
             self.launch(f"weight_grad_{kind}", (blocks, self.units), Args, **base, gy=gy, **tangents, gw3=part)
         return part.sum(0)
