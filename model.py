@@ -461,7 +461,8 @@ def assemble(model, batch, atom_energy, g):
     virial = g.new_zeros(n_structures, 9).index_add(0, batch.structure, virial)  # fewer atomics on one address
     virial = virial.view(-1, 3, 3)
     periodic = batch.pbc.all(1)
-    volume = torch.where(periodic, torch.linalg.det(batch.cell).abs(), 1)[:, None, None]
+    a, b, c = batch.cell.unbind(1)
+    volume = torch.where(periodic, (a * torch.linalg.cross(b, c)).sum(1).abs(), 1)[:, None, None]
     stress = torch.where(periodic[:, None, None], (virial + virial.mT) / (2 * volume), torch.nan)
     return energy, forces, stress
 

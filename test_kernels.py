@@ -7,6 +7,7 @@ from ase.build import bulk, molecule
 
 import kernels
 import model as nequix
+from calc import NequixCalculator
 from data import make_batch
 from model import Nequix, energy_forces_stress, fused_kernels, torch_conv
 from test_model import needs_shared, SHARED
@@ -148,3 +149,24 @@ def test_loss_gradient_of_random_weights(options, exact):
 @pytest.mark.parametrize("exact", [True, False], ids=["float32", "tf32"])
 def test_loss_gradient_of_released_weights(exact):
     compare_gradients(nequix.load(SHARED / "weights/nequix-mp-1.nqx", CUDA), exact)
+
+
+@needs_cuda
+def test_cuda_graph_of_the_calculator(tmp_path):
+    """Molecular dynamics far enough to renew the list: every step as a calculator that has seen nothing before gives it."""
+    model = random_model()
+    model.config["scale"] = 0.05
+    nequix.save(tmp_path / "model.pt", model)
+    calc = NequixCalculator(tmp_path / "model.pt")
+    atoms, rng, lists = bulk("Si", cubic=True) * 2, np.random.default_rng(0), set()
+    for step in range(12):
+        atoms.positions += rng.normal(size=(len(atoms), 3)) * 0.04
+        atoms.set_cell(atoms.cell.array * (1 + 1e-4 * step), scale_atoms=True)
+        atoms.calc = NequixCalculator(tmp_path / "model.pt")
+        expected = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+        atoms.calc = calc
+        assert abs(atoms.get_potential_energy() - expected[0]) < 1e-5 * len(atoms)
+        assert np.abs(atoms.get_forces() - expected[1]).max() < 1e-5 * np.abs(expected[1]).max()
+        assert np.abs(atoms.get_stress() - expected[2]).max() < 1e-5 * np.abs(expected[2]).max()
+        lists.add(id(calc.listed[0]))
+    assert calc.replay is not None and len(lists) > 1
