@@ -180,18 +180,29 @@ DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const Hidden* 
 #endif
 }
 
-// Rows of 8 edges in shared memory, 16 bytes apart
+// What weight_grad reads of 8 edges, fetched while the 8 before are at work; rows 16 bytes longer than they need be
 #define SH_ROW ((4 * SH + 31) / 16 * 16)
 #define HIDDEN_ROW (sizeof(Hidden) * K + 16)
-struct __align__(16) Rows { char sh[8 * SH_ROW], shd[8 * SH_ROW], hidden[8 * HIDDEN_ROW], slope[8 * HIDDEN_ROW]; };
+#define X_ROW (64 * (2 * LMAX_IN + 1) + 16)
+struct __align__(16) Rows {
+  i64 senders[16];
+  char sh[8 * SH_ROW], shd[8 * SH_ROW], hidden[8 * HIDDEN_ROW], slope[8 * HIDDEN_ROW], x[8 * X_ROW], xd[8 * X_ROW];
+};
+template <int BYTES>
+DEV void copy_async(char* to, const void* from) {
+  const unsigned address = (unsigned)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(address), "l"(from), "n"(BYTES) : "memory");
+}
+DEV void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
 template <int BYTES, int ROW_BYTES>
-DEV void copy_rows(char* to, const void* from, i64 e0, i64 end, int lane) {
-  const int UNIT_BYTES = BYTES % 16 ? 4 : 16, UNITS = BYTES / UNIT_BYTES;
+DEV void copy_rows(char* to, const void* from, i64 e0, i64 n_edges, int lane) {
+  const int UNIT = BYTES % 16 ? 4 : 16, UNITS = BYTES / UNIT;
   for (int i = lane; i < 8 * UNITS; i += 32) {
-    const int row = i / UNITS, column = i % UNITS * UNIT_BYTES;
-    const char* p = (const char*)from + min(e0 + row, end - 1) * BYTES + column;
-    if (UNIT_BYTES == 16) *(float4*)(to + row * ROW_BYTES + column) = __ldg((const float4*)p);
-    else *(float*)(to + row * ROW_BYTES + column) = __ldg((const float*)p);
+    const int row = i / UNITS, at = i % UNITS * UNIT;
+    copy_async<UNIT>(to + row * ROW_BYTES + at, (const char*)from + min(e0 + row, n_edges - 1) * BYTES + at);
   }
 }
 DEV void load_row(float (&s)[SH], const char* row) {
@@ -234,6 +245,21 @@ DEV void load_x(float (&x)[D1], float (&x1)[D1], const float* __restrict__ feat,
   EACH(m, D1) {{
     Pair v = load2(feat + atom * XDIM + XOFF + m * MUL + u, second);
     x[m] = v.v[0]; x1[m] = v.v[1];
+  }}
+}}
+
+DEV void load_x_row(float (&x)[2][D1], const char* row, int g) {{
+  EACH(m, D1) {{
+    const float2 f = *(const float2*)(row + 64 * m + 8 * g);
+    x[0][m] = f.x; x[1][m] = f.y;
+  }}
+}}
+// 16 channels from u0 of the features at 8 senders
+DEV void copy_x(char* to, const float* x, const i64* senders, int u0, int lane) {{
+  const int UNIT = MUL % 4 || XOFF % 4 || XDIM % 4 ? 1 : 4;  // floats
+  EACH(i, 4 * D1 / UNIT) {{
+    const int unit = 32 * i + lane, edge = unit / (D1 * 16 / UNIT), m = unit / (16 / UNIT) % D1, c = unit % (16 / UNIT) * UNIT;
+    if (u0 + c < MUL) copy_async<4 * UNIT>(to + edge * X_ROW + 64 * m + 4 * c, x + senders[edge] * XDIM + XOFF + m * MUL + u0 + c);
   }}
 }}
 
@@ -435,11 +461,34 @@ template <bool DUAL>
 DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   u0 += 16 * (warp % {groups});
-  Rows& rows = all_rows[warp];
+  Rows* buffer = all_rows + 2 * warp;
+  int turn = 0;
   const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   float acc[NP][K / 8][4];
   EACH(p, NP) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
   const int run = A.chunk / ({WARPS} / {groups}), start = blockIdx.x * A.chunk + warp / {groups} * run, last = min(A.n_atoms, start + run);
+  const i64 n_edges = A.row_ptr[A.n_atoms];
+  auto fetch_edges = [&](Rows& to, i64 e0) {{
+    copy_rows<4 * SH, SH_ROW>(to.sh, A.sh, e0, n_edges, lane);
+    copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(to.hidden, A.hidden, e0, n_edges, lane);
+    if constexpr (DUAL) {{
+      copy_rows<4 * SH, SH_ROW>(to.shd, A.shd, e0, n_edges, lane);
+      copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(to.slope, A.slope, e0, n_edges, lane);
+    }}
+  }};
+  auto fetch_x = [&](Rows& to, const i64* senders) {{
+    copy_x(to.x, A.x, senders, u0, lane);
+    if constexpr (DUAL) copy_x(to.xd, A.xd, senders, u0, lane);
+  }};
+  i64 j_soon = 0;  // senders of 16 edges from where the tile at hand begins: those of the next one are among them
+  if (start < last) {{
+    const i64 e0 = A.row_ptr[start];
+    fetch_edges(buffer[0], e0);
+    j_soon = A.senders[min(e0 + lane % 16, n_edges - 1)];
+    buffer[0].senders[lane % 16] = j_soon;
+    __syncwarp();
+    fetch_x(buffer[0], buffer[0].senders);
+  }}
   for (int node = start; node < last; node++) {{
     const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
     float gy[2][OUT], gyd[2][OUT];
@@ -448,25 +497,24 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
     for (i64 e0 = begin; e0 < end; e0 += 8) {{
       float a[NP][4], ad[DUAL ? NP : 1][4];
       const i64 ea = min(e0 + 2 * q, end - 1), eb = min(e0 + 2 * q + 1, end - 1);
-      // harmonics and hidden of the 8 edges through shared memory: read in place, each line would be asked for many times
-      __syncwarp();
-      copy_rows<4 * SH, SH_ROW>(rows.sh, A.sh, e0, end, lane);
-      copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(rows.hidden, A.hidden, e0, end, lane);
-      if constexpr (DUAL) {{
-        copy_rows<4 * SH, SH_ROW>(rows.shd, A.shd, e0, end, lane);
-        copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(rows.slope, A.slope, e0, end, lane);
-      }}
-      __syncwarp();
+      const i64 next = min(e0 + 8, end);
+      Rows &rows = buffer[turn], &soon = buffer[turn ^ 1];
+      turn ^= 1;
+      rows.senders[lane % 16] = j_soon;
+      wait_for_copies();
+      fetch_edges(soon, next);
+      fetch_x(soon, rows.senders + (next - e0));
+      j_soon = A.senders[min(next + lane % 16, n_edges - 1)];
       EACH(t, 2) {{
-        const i64 e = t ? eb : ea, j = A.senders[e];
+        const i64 e = t ? eb : ea;
         const float valid = e0 + 2 * q + t < end;
         float x[2][D1], s[SH], v[2][NP];
-        load_x(x[0], x[1], A.x, j, u, second);
+        load_x_row(x, rows.x + (2 * q + t) * X_ROW, g);
         load_row(s, rows.sh + (2 * q + t) * SH_ROW);
         if constexpr (DUAL) {{
           float xd[2][D1], sd[SH], vd[2][NP];
           const float rd = valid * A.rd[e];
-          load_x(xd[0], xd[1], A.xd, j, u, second);
+          load_x_row(xd, rows.xd + (2 * q + t) * X_ROW, g);
           load_row(sd, rows.shd + (2 * q + t) * SH_ROW);
           dual_weights(v, vd, x, xd, s, sd, gy, gyd);
           EACH(p, NP) EACH(c, 2) ad[p][2 * t + c] = rd * vd[c][p];
@@ -495,6 +543,7 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
       }}
     }}
   }}
+  wait_for_copies();
   float* out = A.gw3 + (i64)(blockIdx.x * {SLOTS} + warp / {groups}) * K * WDIM;
   EACH(p, NP)
     EACH(n, K / 8)
@@ -850,7 +899,7 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
     x_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls)]]).tolist()
     code = [
         f"#define EXACT {int(exact)}\n#define K {width}\n#define SH {(lmax + 1) ** 2}\n#define XDIM {x_off[-1]}",
-        f"#define YDIM {y_off[-1]}\n#define WDIM {column}\n#define EVEN {int(all(m % 2 == 0 for m in muls))}",
+        f"#define YDIM {y_off[-1]}\n#define LMAX_IN {len(muls) - 1}\n#define WDIM {column}\n#define EVEN {int(all(m % 2 == 0 for m in muls))}",
         PRELUDE,
         ARGS,
     ]
@@ -889,7 +938,7 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
         code += [*lines, "}"]
     for dual in "false", "true":
         code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}, {BOUNDS["weights"]}) weight_grad_{dual}(const Args A) {{')
-        code.append(f"  const int unit = blockIdx.y;\n  __shared__ Rows rows[{WARPS}];")
+        code.append("  extern __shared__ __align__(16) Rows rows[];\n  const int unit = blockIdx.y;")
         for l1, G, start, n, channels in weight_cases:
             code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels}, rows);")
         code.append("}")
@@ -959,7 +1008,8 @@ class Kernels:
     """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
 
     CONVOLUTIONS = "forward_false forward_true backward_0 backward_1 backward_2".split()
-    OTHERS = "weight_grad_false weight_grad_true norm_gate_false norm_gate_true norm_gate_back_false norm_gate_back_true".split()
+    WEIGHT_GRADS = "weight_grad_false weight_grad_true".split()
+    OTHERS = "norm_gate_false norm_gate_true norm_gate_back_false norm_gate_back_true dual_silu dual_silu_back".split()
 
     def __init__(self, muls, muls_out, paths, lmax, width, exact, norm, device):
         code, self.slabs, self.units, self.slots, slab, dims = source(muls, muls_out, paths, lmax, width, exact, norm)
@@ -968,7 +1018,9 @@ class Kernels:
         self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _, _ in paths)
         self.w_dim = sum(muls[l1] for _, l1, _, _ in paths)
         self.sh_dim, self.width, self.exact = (lmax + 1) ** 2, width, exact
-        self.shared = slab * (5 if exact else 2)
+        rows = 128 + 2 * 8 * ((4 * self.sh_dim + 31) // 16 * 16 + width * (4 if exact else 2) + 16 + 64 * (2 * len(muls) - 1) + 16)
+        self.shared = {name: slab * (5 if exact else 2) for name in self.CONVOLUTIONS}
+        self.shared |= {name: 2 * WARPS * rows for name in self.WEIGHT_GRADS}
         self.device, self.cuda = device, ctypes.CDLL("libcuda.so.1")
         self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
@@ -977,17 +1029,17 @@ class Kernels:
             module = ctypes.c_void_p()
             check(self.cuda.cuModuleLoadData(ctypes.byref(module), binary), "loading the kernels")
         self.functions = {}
-        for name in [*self.CONVOLUTIONS, *self.OTHERS, "dual_silu", "dual_silu_back"]:
+        for name in [*self.shared, *self.OTHERS]:
             f = self.functions[name] = ctypes.c_void_p()
             check(self.cuda.cuModuleGetFunction(ctypes.byref(f), module, name.encode()), name)
-            if name in self.CONVOLUTIONS:
-                check(self.cuda.cuFuncSetAttribute(f, 8, self.shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+            if name in self.shared:
+                check(self.cuda.cuFuncSetAttribute(f, 8, self.shared[name]), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
 
     def launch(self, name, grid, arguments, threads=32 * WARPS, **tensors):
         args = arguments(**{k: v if isinstance(v, int) else v.data_ptr() for k, v in tensors.items() if v is not None})
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        shared = self.shared if name in self.CONVOLUTIONS else 0
+        shared = self.shared.get(name, 0)
         check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None), name)
 
     def grid(self, n_atoms, least, most):
