@@ -24,7 +24,6 @@ three TF32 products (float32 accuracy); exact=False is TF32.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 from pathlib import Path
@@ -32,9 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# Blocks a multiprocessor: what the compiler fits the registers to
 BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
-FORWARD_UNROLL = "#pragma unroll 1"
-TWO_OCTETS = 1
 SILU_NORM = 1.6765620560798837  # as in model.py
 WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
 
@@ -303,7 +301,7 @@ DEV void forward(const Args& A, int u0, Hidden* smem) {{
       radial<OCTETS * NP>(w, A.hidden, ea, eb, w3, g, q);
       if constexpr (TANGENT) radial<OCTETS * NP>(wd, A.slope, ea, eb, w3, g, q);
       const i64 ja = A.senders[ea], jb = A.senders[eb];
-FORWARD_UNROLL
+#pragma unroll 1
       for (int t = 0; t < 2; t++) {{
         const i64 e = t ? eb : ea, j = t ? jb : ja;
         const float valid = e0 + g + 8 * t < end;
@@ -914,9 +912,9 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
                 offset += 2 * l3 + 1
         at = [c for c, (_, m, _, _) in zip(columns, paths) if m == l1]
         generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store
-        octets = 2 if l1 < TWO_OCTETS and muls[l1] % 16 == 0 else 1
+        octets = 2 if l1 == 0 and muls[l1] % 16 == 0 else 1  # a warp in `forward`: as the registers allow
         fill = dict(OCTETS=octets, L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
-        code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)).replace("FORWARD_UNROLL", FORWARD_UNROLL))
+        code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)))
         n = -(-muls[l1] // (8 * WARPS))
         for k, lines in cases.items():
             lines.append(f"  if (slab < {slabs + n}) return L{l1}::{k}(A, (slab - {slabs}) * {8 * WARPS}, smem);")
@@ -1116,6 +1114,27 @@ class Kernels:
 # ----------------------------------------------------------------------------------------------------------------------
 # The operations of a layer, differentiable once. Features are flat, (A, sum (2l+1) mul), or with tangents (2 A, ...): values
 # of all atoms, then tangents.
+
+
+class Conv(torch.autograd.Function):
+    """out (A, y_dim) of x (A, x_dim), sh (E, (lmax+1)^2), hidden (E, K), w3 (K, w_dim); see the top of this file. Float32, on
+    CUDA. senders (E,) and row_ptr (A+1,) are int64; receiver i has the edges row_ptr[i] to row_ptr[i+1].
+
+        out = Conv.apply(kernels, x, sh, hidden, w3, senders, row_ptr)
+    """
+
+    @staticmethod
+    def forward(ctx, k, x, sh, hidden, w3, senders, row_ptr):
+        ctx.k, hidden = k, k.stored(hidden)
+        ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
+        return k.forward("forward_false", x.new_empty(len(x), k.y_dim), x, sh, hidden, w3, senders, row_ptr)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
+        gx, gsh, gh, gy = torch.zeros_like(x), torch.zeros_like(sh), sh.new_zeros(hidden.shape), gy.contiguous()
+        ctx.k.backward(1, x, sh, hidden, w3, senders, row_ptr, gy, gx=gx, gsh=gsh, gh=gh)
+        return None, gx, gsh, gh, ctx.k.weight_grad(x, sh, hidden, senders, row_ptr, gy), None, None
 
 
 class ForceConv(torch.autograd.Function):

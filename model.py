@@ -134,7 +134,8 @@ def receivers_of(row_ptr, n_edges):
 
 @functools.lru_cache
 def make_conv(kind, muls, lmax, l_out, dtype, device):
-    """The convolution for features of `muls` channels. kind: "torch", or "oeq" (CUDA, `pip install openequivariance`)."""
+    """The convolution for features of `muls` channels. kind: "torch", or "oeq" (CUDA, `pip install openequivariance`). What
+    "fused" runs is in kernels.py: there norm, gate and radial MLP belong to it, and `Nequix.fused` is built of them."""
     return {"torch": torch_conv, "oeq": oeq_conv}[kind](muls, lmax, l_out, dtype, device)
 
 

@@ -56,7 +56,7 @@ def test_kernels(muls, lmax, muls_out, exact):
     yd = conv(X[1], S[0], H[0], W, senders, row_ptr) + conv(X[0], S[1], H[0], W, senders, row_ptr)
     yd = yd + conv(X[0], S[0], H[1] * rd.double()[:, None], W, senders, row_ptr)
     first = torch.autograd.grad(y, (X, S, H), gy[0].double(), retain_graph=True)
-    both = torch.autograd.grad((y * gy[0].double()).sum() + (yd * gy[1].double()).sum(), (X, S, H, W))
+    both = torch.autograd.grad((y * gy[0].double()).sum() + (yd * gy[1].double()).sum(), (X, S, H, W), retain_graph=True)
 
     stored = k.stored(hidden)
     edges = sh[0], stored[0], w3, senders, row_ptr
@@ -68,6 +68,11 @@ def test_kernels(muls, lmax, muls_out, exact):
     k.backward(0, x[0], *edges, gy[0], slope=stored[1], gx=gx, gsh=gsh, gr=gr)
     error["0 x"], error["0 sh"] = distance(gx, first[0][0]), distance(gsh, first[1][0])
     error["0 r"] = distance(gr, (first[2][0] * H[1]).sum(1).detach())
+    leaves = [v.clone().requires_grad_() for v in (x[0], sh[0], hidden[0], w3)]
+    out = kernels.Conv.apply(k, *leaves, senders, row_ptr)
+    expected = [first[0][0], first[1][0], first[2][0], torch.autograd.grad(y, W, gy[0].double(), retain_graph=True)[0]]
+    for name, a, b in zip(("1 x", "1 sh", "1 h", "1 w"), torch.autograd.grad(out, leaves, gy[0]), expected):
+        error[name] = distance(a, b)
     gx, gh = torch.zeros_like(x[0]), torch.zeros_like(hidden)
     k.backward(2, x[0], *edges, gy[0], gyd=gy[1], gx=gx, gh=gh, gslope=gh[1], **tangents)
     error["2 x"], error["2 h"] = distance(gx, both[0][0]), distance(gh, both[2])
