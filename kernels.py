@@ -20,7 +20,8 @@ Training on forces needs no double backward. With tangents (xd, shd, hiddend) al
 tangent of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
 
 Kernels: `forward`, `tangent`, `backward` (of forward, or of both), `weight_grad`. Modes: exact=True splits operands into
-three TF32 products (float32 accuracy); exact=False is TF32.
+three TF32 products (float32 accuracy); exact=False is TF32, with hidden and w3 in float16: the same significand, but
+values beyond 65504 overflow.
 """
 
 import ctypes
@@ -1121,10 +1122,19 @@ class Conv(torch.autograd.Function):
     CUDA. senders (E,) and row_ptr (A+1,) are int64; receiver i has the edges row_ptr[i] to row_ptr[i+1].
 
         out = Conv.apply(kernels, x, sh, hidden, w3, senders, row_ptr)
+
+    Raises ValueError for tensors of another shape, type or device. Sums into gradients are in no fixed order: they differ
+    from run to run by rounding.
     """
 
     @staticmethod
     def forward(ctx, k, x, sh, hidden, w3, senders, row_ptr):
+        n_atoms, n_edges = len(row_ptr) - 1, len(senders)
+        shapes = (n_atoms, k.x_dim), (n_edges, k.sh_dim), (n_edges, k.width), (k.width, k.w_dim)
+        for t, shape, name in zip((x, sh, hidden, w3), shapes, ("x", "sh", "hidden", "w3")):
+            if t.shape != shape or t.dtype != torch.float32 or not t.is_cuda:
+                raise ValueError(f"{name} should be {shape} float32 on CUDA, not {tuple(t.shape)} {t.dtype} on {t.device}")
+        x, sh, w3, senders, row_ptr = (t.contiguous() for t in (x, sh, w3, senders, row_ptr))
         ctx.k, hidden = k, k.stored(hidden)
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
         return k.forward("forward_false", x.new_empty(len(x), k.y_dim), x, sh, hidden, w3, senders, row_ptr)

@@ -1,4 +1,12 @@
-"""The fused kernels against plain torch in float64. On a GPU: python -m pytest -s test_kernels.py"""
+"""The fused kernels against plain torch in float64. On a GPU: python -m pytest -s test_kernels.py
+
+Without one, the generated algebra alone is checked, compiled as C++ for the CPU.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +28,74 @@ CUDA = torch.device("cuda")
 def distance(a, b):
     """Relative, in the Frobenius norm."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+HOST = """
+#define DEV static
+#define EACH(i, n) for (int i = 0; i < (n); i++)
+#define SH 16
+#define SH4 4
+struct Pair { float v[2]; };
+static Pair load2(const float* p, int) { return {p[0], p[1]}; }
+const int D1 = %d, NP = %d, OUT = %d, OCTETS = 1;
+%s
+typedef float X[2][D1], S[SH], W[2][NP], O[2][OUT];
+extern "C" void run(float** p) {
+  X &x = *(X*)p[0], &xd = *(X*)p[1], &gx = *(X*)p[8], &gx2 = *(X*)p[11];
+  S &s = *(S*)p[2], &sd = *(S*)p[3], &gs = *(S*)p[9];
+  W &w = *(W*)p[4], &wd = *(W*)p[5], &gw = *(W*)p[10], &gw2 = *(W*)p[12], &gwd2 = *(W*)p[13], &gw3 = *(W*)p[14], &gwd3 = *(W*)p[15];
+  message(*(O*)p[16], x, s, w);
+  tangent(*(O*)p[17], x, xd, s, sd, w, wd);
+  EACH(c, 2) EACH(i, NP) { gw[c][i] = gw2[c][i] = w[c][i]; gwd2[c][i] = wd[c][i]; }
+  message_back(gx, gs, x, s, gw, p[6], 1);
+  dual_back(gx2, x, xd, s, sd, gw2, gwd2, p[6], p[7], 1);
+  O g, h;
+  load_gy(g, p[6], 1);
+  load_gy(h, p[7], 1);
+  dual_weights(gw3, gwd3, x, xd, s, sd, g, h);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("l1", [0, 1, 2, 3])
+def test_generated_algebra(l1, tmp_path):
+    """Two channels of one edge: message, tangent and all their gradients, against autograd in float64."""
+    paths = [(l3, l2, nequix.clebsch_gordan(l1, l2, l3)) for l3, a, l2 in nequix.paths(3, 3, 3) if a == l1]
+    sizes = [2 * l3 + 1 for l3, _, _ in paths]
+    starts = np.cumsum([0, *sizes]).tolist()
+    couplings = [kernels.Coupling(i, l1, l2, l3, cg.numpy(), o, 2 * o, 2) for i, ((l3, l2, cg), o) in enumerate(zip(paths, starts))]
+    names = "message tangent message_back dual_back weights".split()
+    functions = "\n".join(getattr(kernels, f"generate_{n}")(couplings) for n in names)
+    d, n, out = 2 * l1 + 1, len(paths), starts[-1]
+    (tmp_path / "host.cpp").write_text(HOST % (d, n, out, functions))
+    subprocess.run(["g++", "-O1", "-shared", "-fPIC", "-o", tmp_path / "host.so", tmp_path / "host.cpp"], check=True)
+
+    torch.manual_seed(l1)
+    randn = lambda *shape: torch.randn(*shape, dtype=torch.float32)
+    inputs = [randn(2, d), randn(2, d), randn(16), randn(16), randn(2, n), randn(2, n), randn(out, 2), randn(out, 2)]
+    results = [torch.zeros(s) for s in [(2, d), (16,), (2, n), (2, d), *[(2, n)] * 4, (2, out), (2, out)]]
+    tensors = inputs + results
+    pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+    ctypes.CDLL(str(tmp_path / "host.so")).run(pointers)
+
+    x, xd, s, sd, w, wd, g, h = (t.double().requires_grad_() for t in inputs)
+    message = lambda x, s, w: torch.cat(
+        [torch.einsum("c,ci,ijk,j->ck", w[:, i], x, cg, s[l2 * l2 : (l2 + 1) ** 2]) for i, (_, l2, cg) in enumerate(paths)], 1
+    )
+    y, yd = message(x, s, w), message(xd, s, w) + message(x, sd, w) + message(x, s, wd)
+    first = torch.autograd.grad((y * g.T).sum(), (x, s, w), retain_graph=True)
+    both = torch.autograd.grad((y * g.T).sum() + (yd * h.T).sum(), (x, w, wd))
+    gx, gs, gw, gx2, gw2, gwd2, gw3, gwd3, out, out_d = results
+    for a, b in zip((out, out_d, gx, gs, gw, gx2, gw2, gwd2, gw3, gwd3), (y, yd, *first, *both, *both[1:])):
+        assert distance(a, b) < 1e-6
+
+
+def test_convolution_refuses_other_tensors():
+    k = SimpleNamespace(x_dim=4, sh_dim=1, width=64, w_dim=4)
+    row_ptr, senders = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="x should be .2, 4. float32 on CUDA"):
+        kernels.Conv.apply(k, torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4), senders, row_ptr)
 
 
 SHAPES = [  # channels of x, lmax, channels of the result: the three of the paper's model, then others
