@@ -1,7 +1,6 @@
 """Neighbour lists against ASE, packed sets against what went into them, the order and the dealing of batches."""
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
