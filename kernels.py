@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 # Blocks a multiprocessor: what the compiler fits the registers to
 BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
@@ -1140,6 +1141,7 @@ class Conv(torch.autograd.Function):
         return k.forward("forward_false", x.new_empty(len(x), k.y_dim), x, sh, hidden, w3, senders, row_ptr)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
         gx, gsh, gh, gy = torch.zeros_like(x), torch.zeros_like(sh), sh.new_zeros(hidden.shape), gy.contiguous()
@@ -1158,6 +1160,7 @@ class ForceConv(torch.autograd.Function):
         return k.forward("forward_false", out, x, sh, hidden[0], w3, senders, row_ptr)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
         gx = ctx.gx.zero_() if ctx.needs_input_grad[1] else None
@@ -1181,6 +1184,7 @@ class DualConv(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gy):
         x, w3, hidden = ctx.saved_tensors
         senders, row_ptr, sh, shd, rd = ctx.geometry
@@ -1216,6 +1220,7 @@ class Linear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         n = len(ctx.muls_in)
         xs, weights, g = ctx.saved_tensors[:n], list(ctx.saved_tensors[n:]), g.contiguous()
@@ -1251,6 +1256,7 @@ class NormGate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         v, weights = ctx.saved_tensors
         k, dual, n, g = ctx.k, ctx.dual, len(v) // (1 + ctx.dual), g.contiguous()

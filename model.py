@@ -375,8 +375,9 @@ class Nequix(nn.Module):
     def chosen_conv(self):
         return choose_conv(self.conv, self.e0.device, self.readout[0].dtype, self.config["radial_size"])
 
-    def fused(self, numbers, vectors, senders, row_ptr):
-        """`forward` by fused kernels, differentiable once, and by the vectors alone; and what `fused_tangent` goes on from."""
+    def fused(self, numbers, vectors, senders, row_ptr, keep=False):
+        """`forward` by fused kernels, differentiable once, and by the vectors alone; and, to keep, what `fused_tangent` goes
+        on from."""
         c = self.config
         r = torch.linalg.vector_norm(vectors, dim=1)
         sh = spherical_harmonics(vectors / r[:, None], c["lmax"]).float()
@@ -388,10 +389,11 @@ class Nequix(nn.Module):
         for layer in self.layers:
             k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
             hidden, activations = k.radial(basis, inner)
-            n = len(x)
-            out, gx = x.new_empty(2 * n, k.y_dim), x.new_zeros(2 * n, k.x_dim)  # values, then tangents: `fused_tangent` goes on
-            saved.append((hidden, activations, out, gx))
-            conv = lambda h, w3: kernels.ForceConv.apply(k, h, sh, r32, hidden, w3, senders, row_ptr, out[:n], gx[n:])
+            n, rows = len(x), len(x) * (1 + keep)  # those of `fused_tangent` hold values, then tangents
+            out, gx = x.new_empty(rows, k.y_dim), x.new_zeros(rows, k.x_dim)
+            if keep:
+                saved.append((hidden, activations, out, gx))
+            conv = lambda h, w3: kernels.ForceConv.apply(k, h, sh, r32, hidden, w3, senders, row_ptr, out[:n], gx[rows - n :])
             x = layer.fused(x, w3, conv, False)
         energy = x @ (self.readout[0] * len(self.readout[0]) ** -0.5)
         return c["scale"] * energy.flatten().double() + c["shift"], (first, r.detach(), sh.detach(), senders, row_ptr, saved)
@@ -439,8 +441,10 @@ def energy_forces_stress(model, batch, create_graph=False):
 
     The energy depends on positions and cell through the edge vectors alone, so one backward gives all: the sums of
     dE/dvector over the edges of an atom, and of the products vector x dE/dvector over those of a structure.
-    create_graph: keep the graph, to train on forces and stress.
+    create_graph: keep the graph, to train on forces and stress. Raises ValueError if that is asked of the fused kernels.
     """
+    if create_graph and model.chosen_conv() == "fused":
+        raise ValueError("the fused kernels are differentiable once: take conv torch or oeq, or train.loss_and_gradient")
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad():
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)

@@ -4,6 +4,7 @@ Without one, the generated algebra alone is checked, compiled as C++ for the CPU
 """
 
 import ctypes
+import math
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -180,6 +181,99 @@ def structures():
     return out
 
 
+class Reference(kernels.Kernels):
+    """What the CUDA kernels compute, by plain torch on the CPU: for the step that is built of them."""
+
+    n_sm = exact = 1
+
+    def __init__(self, muls, muls_out, lmax, width, exact, norm, device):
+        self.muls, self.muls_out, self.norm, self.width = muls, muls_out, norm, width
+        self.channels = [muls_out[0] + sum(muls_out[1:]), *muls_out[1:]]
+        self.f_dim, self.n_weights = sum((2 * l + 1) * m for l, m in enumerate(muls_out)), sum(self.channels)
+        ps = nequix.paths(len(muls) - 1, lmax, len(muls_out) - 1)
+        self.x_dim = sum((2 * l + 1) * m for l, m in enumerate(muls))
+        self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _ in ps)
+        self.conv = torch_conv(muls, lmax, len(muls_out) - 1, torch.float32, "cpu")
+
+    def both(self, x, sh, hidden, w3, senders, row_ptr, xd, shd, slope, rd, **_):
+        conv = lambda x, s, h: self.conv(x, s, h, w3, senders, row_ptr)
+        return conv(x, sh, hidden), conv(xd, sh, hidden) + conv(x, shd, hidden) + conv(x, sh, slope * rd[:, None])
+
+    def forward(self, name, out, *edges, **tangents):
+        return out.copy_(self.both(*edges, **tangents)[1] if tangents else self.conv(*edges))
+
+    def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, gx=None, **t):
+        leaves = [v.detach().requires_grad_() for v in (x, sh, hidden, t["slope"])]
+        with torch.enable_grad():
+            if mode == 0:
+                ga, gs, gh = torch.autograd.grad(self.conv(*leaves[:3], w3, senders, row_ptr), leaves[:3], gy)
+                t["gsh"].add_(gs)
+                t["gr"].add_((gh * t["slope"]).sum(1))
+            else:
+                y, yd = self.both(*leaves[:3], w3, senders, row_ptr, **{**t, "slope": leaves[3]})
+                ga, gh, gslope = torch.autograd.grad((y * gy[: len(x)]).sum() + (yd * t["gyd"]).sum(), [leaves[0], *leaves[2:]])
+                t["gh"][0].add_(gh)
+                t["gslope"].add_(gslope)
+        if gx is not None:
+            gx[: len(x)].add_(ga)
+
+    def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, gyd, **tangents):
+        columns = sum(self.muls[l1] for _, l1, _ in nequix.paths(len(self.muls) - 1, math.isqrt(sh.shape[1]) - 1, len(self.muls_out) - 1))
+        with torch.enable_grad():
+            w3 = torch.zeros(self.width, columns, requires_grad=True)
+            y, yd = self.both(x, sh, hidden, w3, senders, row_ptr, **tangents)
+            return torch.autograd.grad((y * gy[: len(x)]).sum() + (yd * gyd).sum(), w3)[0]
+
+    def dual_silu(self, z, last):
+        return torch.stack(torch.func.jvp(torch.nn.functional.silu, (z[0],), (z[1],)))
+
+    def dual_silu_back(self, z, grad):
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.dual_silu(z, False), z, grad)[0]
+
+    def launch(self, name, grid, arguments, *_, v, w, out, n_atoms, vd=None, outd=None, g=None, gd=None, gw=None):
+        def norm_gate(v, w):
+            xs = [x.view(n_atoms, 2 * l + 1, -1) for l, x in enumerate(nequix.split_degrees(v, self.channels))]
+            xs = nequix.rms_norm(xs, w.split(self.channels)) if self.norm else xs
+            return torch.cat([x.flatten(1) for x in nequix.gate(xs, self.muls_out[0])], 1)
+
+        def dual(v, vd, w):
+            return torch.stack(torch.func.jvp(lambda v: norm_gate(v, w), (v,), (vd,)))
+
+        v = v[:n_atoms]
+        if g is None:
+            out[:n_atoms] = norm_gate(v, w)
+            if vd is not None:
+                outd.copy_(dual(v, vd, w)[1])
+            return
+        with torch.enable_grad():
+            v, w = v.detach().requires_grad_(), w.detach().requires_grad_()
+            gw.zero_()
+            if vd is None:
+                grads = torch.autograd.grad(norm_gate(v, w), (v, w), g[:n_atoms], allow_unused=True)
+                out[:n_atoms], gw[0] = grads[0], grads[1] if self.norm else 0
+            else:
+                vd = vd.detach().requires_grad_()
+                grads = torch.autograd.grad(dual(v, vd, w), (v, vd, w), torch.stack([g[:n_atoms], gd]), allow_unused=True)
+                out[:n_atoms], outd[:], gw[0] = grads[0], grads[1], grads[2] if self.norm else 0
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_step_without_double_backward(norm, monkeypatch):
+    """The gradient of the loss by tangents against autograd's double backward; plain torch stands in for the kernels."""
+    model, batch = random_model(norm, "12x0e+6x1o+4x2e").to("cpu"), batch_on("cpu", structures())
+    reference = gradients(model, batch, "torch", torch.float64)
+    monkeypatch.setattr(nequix, "fused_kernels", Reference)
+    monkeypatch.setattr(nequix, "choose_conv", lambda kind, *_: kind)
+    loss, efs, grads = gradients(model, batch, "fused", torch.float32)
+    assert abs(loss / reference[0] - 1) < 1e-5
+    assert distance(efs[0], reference[1][0]) < 1e-5 and distance(efs[1], reference[1][1]) < 1e-5
+    assert distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference[2]])) < 1e-5
+    with pytest.raises(ValueError, match="differentiable once"):
+        energy_forces_stress(model, batch, create_graph=True)
+
+
 def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o"):
     torch.manual_seed(2)
     stats = dict(avg_n_neighbors=40.0, scale=0.8, shift=0.1, atomic_numbers=[1, 6, 8, 11, 14, 17, 26], atom_energies=[0.0] * 7)
@@ -187,7 +281,7 @@ def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o"):
     for p in model.parameters():
         if p.ndim == 1:
             p.data += 0.3 * torch.randn_like(p)
-    return model.to(CUDA)
+    return model.to(CUDA if torch.cuda.is_available() else "cpu")
 
 
 def gradients(model, batch, conv, dtype):

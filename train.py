@@ -152,7 +152,7 @@ def loss_and_gradient(model, batch, weights, counts):
         loss.backward(inputs=list(model.parameters()))
         return loss.detach()
     vectors = batch.vectors.detach().requires_grad_()
-    energy, state = model.fused(batch.numbers, vectors, batch.senders, batch.row_ptr)
+    energy, state = model.fused(batch.numbers, vectors, batch.senders, batch.row_ptr, keep=True)
     (g,) = torch.autograd.grad(energy.sum() + 0 * vectors.sum(), vectors)
     energy, g = energy.detach().requires_grad_(), g.requires_grad_()
     loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
