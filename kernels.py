@@ -24,6 +24,7 @@ three TF32 products (float32 accuracy); exact=False is TF32, with hidden and w3 
 values beyond 65504 overflow.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -989,10 +990,11 @@ def compile_cuda(code, capability):
     binary = ctypes.create_string_buffer(size.value)
     check(nvrtc.nvrtcGetCUBIN(program, binary), "NVRTC")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    cache.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_bytes(binary.raw)
-    part.replace(file)  # whole or not at all: other processes may be at it
+    with contextlib.suppress(OSError):  # a home that can't be written costs time, no more
+        cache.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_bytes(binary.raw)
+        part.replace(file)  # whole or not at all: other processes may be at it
     return binary.raw
 
 
