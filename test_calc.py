@@ -54,15 +54,19 @@ def mp1():
 
 
 @needs_shared
-def test_calculator_reproduces_the_official_values(mp1):
-    """39 structures, from the official code in float64, one after the other through one calculator."""
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_calculator_reproduces_the_official_values(mp1, dtype):
+    """39 structures, from the official code in float64, one after the other through one calculator, on a GPU if there is one.
+    Float32 forces relative to the largest of a structure; where they vanish by symmetry, to 0.02 eV/A."""
+    calc = mp1 if dtype == "float64" else NequixCalculator(MP1)
     cases = json.loads((SHARED / "reference/nequix-mp-1.json").read_text())["cases"]
-    worst = dict(energy=0, energies=0, forces=0, stress=0)
+    worst = dict(energy=0, energies=0, forces=0, relative=0, stress=0)
     for case in cases:
-        atoms = Atoms(case["numbers"], case["positions"], cell=case["cell"], pbc=case["pbc"], calculator=mp1)
+        atoms = Atoms(case["numbers"], case["positions"], cell=case["cell"], pbc=case["pbc"], calculator=calc)
         energy = atoms.get_potential_energy()
         assert atoms.get_potential_energy(force_consistent=True) == energy
         errors = dict(energy=(energy - case["energy"]) / len(atoms), forces=atoms.get_forces() - case["forces"])
+        errors["relative"] = errors["forces"] / max(np.linalg.norm(case["forces"], axis=1).max(), 0.02)
         if len(atoms) < 4:
             errors["energies"] = atoms.get_potential_energies().sum() - energy
         if case["stress"] is None:
@@ -71,8 +75,11 @@ def test_calculator_reproduces_the_official_values(mp1):
         else:
             errors["stress"] = atoms.get_stress(voigt=False) - case["stress"]
         worst = worst | {k: max(worst[k], np.abs(v).max()) for k, v in errors.items()}
-    print("\n" + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
-    assert worst["energy"] < 1e-6 and worst["energies"] < 1e-9 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
+    print(f"\n{calc.device} {dtype}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+    if dtype == "float64":
+        assert worst["energy"] < 1e-6 and worst["energies"] < 1e-9 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
+    else:
+        assert worst["energy"] < 2e-5 and worst["energies"] < 1e-5 and worst["relative"] < 2e-4
 
 
 @needs_shared
