@@ -379,7 +379,8 @@ class NequixCalculator(Calculator):
             if not again:
                 return flat(energy_forces_stress(self.model, batch))
             self.replay, self.replayed = None, atoms
-            self.replay = Replay(self.model, listed)
+            with torch.cuda.device(self.device):
+                self.replay = Replay(self.model, listed)
         return self.replay(batch)
 
     def batch(self, atoms):

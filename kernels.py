@@ -36,7 +36,9 @@ from torch.autograd.function import once_differentiable
 
 # Blocks a multiprocessor: what the compiler fits the registers to
 BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
-SILU_NORM = 1.6765620560798837  # as in model.py
+# 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
+# weights need this constant: the one e3nn samples for torch differs from it in the third digit.
+SILU_NORM = 1.6765620560798837
 WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
 
 PRELUDE = r"""
@@ -158,7 +160,7 @@ DEV void load8_shared(float (&h)[8], const Hidden* p) {
 }
 #endif
 
-// gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T. Column n' of product n is row 8 n' + n of w3.
+// gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T. Column n' of product n is row K/8 n' + n of w3.
 DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const Hidden* w3, int g, int q) {
   float a[4] = {gw[0], gw[2], gw[1], gw[3]};
 #if EXACT
@@ -886,8 +888,8 @@ def count_groups(mul):
 def source(muls, muls_out, paths, lmax, width, exact, norm):
     """CUDA source of all kernels of one layer's shape, and the slabs that their grids run over.
 
-    muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1, 2l3+1) array, in the order of the
-    weights; width: columns of `hidden`, a multiple of 16.
+    muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1,
+    2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64.
     """
     l_out = len(muls_out) - 1
     mid, column, columns, channel = [0] * (l_out + 1), 0, [], []
@@ -962,6 +964,10 @@ def check(status, what):
         raise RuntimeError(f"{what} failed with CUDA error {status}")
 
 
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modded-nequix"
+
+
 def load_nvrtc():
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
     found = sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}"))  # pip's, off the loader's path
@@ -974,7 +980,7 @@ def compile_cuda(code, capability):
     Raises RuntimeError with the compiler's log.
     """
     architecture = "sm_%d%d" % capability
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "modded-nequix"
+    cache = cache_folder()
     file = cache / (hashlib.sha256((architecture + code).encode()).hexdigest()[:32] + ".cubin")
     if file.exists():
         return file.read_bytes()
@@ -1040,9 +1046,10 @@ class Kernels:
     def launch(self, name, grid, arguments, threads=32 * WARPS, **tensors):
         args = arguments(**{k: v if isinstance(v, int) else v.data_ptr() for k, v in tensors.items() if v is not None})
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         shared = self.shared.get(name, 0)
-        check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None), name)
+        with torch.cuda.device(self.device):  # whose context must be the current one
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None), name)
 
     def grid(self, n_atoms, least, most):
         """Atoms a block: many blocks for a multiprocessor, but few enough that loading w3 does not show."""

@@ -21,7 +21,6 @@ import os
 import re
 import urllib.request
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +28,7 @@ from torch import nn
 from torch.nn.functional import one_hot, silu
 
 import kernels
-
-# 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
-# weights need this constant: the one e3nn samples for torch differs from it in the third digit.
-SILU_NORM = 1.6765620560798837
+from kernels import SILU_NORM
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Edge embedding
@@ -503,7 +499,7 @@ def released(name):
     """The path of released weights in the cache, downloaded if they are not there yet. Raises OSError or ValueError."""
     commit, sha256 = RELEASED[name]
     url = f"https://github.com/atomicarchitects/nequix/raw/{commit}/models/{name}.nqx"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modded-nequix" / f"{name}.nqx"
+    path = kernels.cache_folder() / f"{name}.nqx"
     if not path.exists():
         part = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may come here at once
         try:

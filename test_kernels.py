@@ -17,9 +17,9 @@ from ase.build import bulk, molecule
 import kernels
 import model as nequix
 from calc import NequixCalculator
-from data import make_batch
 from model import Nequix, energy_forces_stress, fused_kernels, torch_conv
-from test_model import needs_shared, SHARED
+from test_data import batch_of
+from test_model import SHARED, needs_shared, to
 from train import loss_and_gradient
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -160,17 +160,13 @@ def test_kernels(muls, lmax, muls_out, exact):
 
 
 def batch_on(device, structures):
-    f = dict(dtype=torch.float64, device=device)
-    numbers = torch.tensor(np.concatenate([a.numbers for a in structures]), device=device)
-    positions = torch.tensor(np.concatenate([a.positions for a in structures]), **f)
-    cell = torch.tensor(np.stack([a.cell.array for a in structures]), **f)
-    pbc = torch.tensor(np.stack([a.pbc for a in structures]), device=device)
-    n = torch.tensor([len(a) for a in structures], device=device)
+    """With random labels; no stress where there is none."""
+    b = to(batch_of(structures, 6.0), device)
     g = torch.Generator().manual_seed(1)
     rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device)
-    stress = torch.where(pbc.all(1)[:, None, None], rand(len(n), 3, 3), torch.nan)
-    labels = dict(energy=rand(len(n)), forces=rand(len(positions), 3), stress=stress)
-    return make_batch(numbers, positions, cell, pbc, n, 6.0, **labels)
+    b.energy, b.forces, b.stress = rand(len(b.cell)), rand(len(b.numbers), 3), rand(len(b.cell), 3, 3)
+    b.stress[~b.pbc.all(1)] = torch.nan
+    return b
 
 
 def structures():
