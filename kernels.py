@@ -29,59 +29,202 @@ import ctypes
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-# Blocks a multiprocessor: what the compiler fits the registers to
-BOUNDS = {"forward<false>": 3, "forward<true>": 2, "backward<0>": 2, "backward<1>": 2, "backward<2>": 2, "weights": 2}
+# Blocks a multiprocessor, by degree of the input: what the compiler fits the registers to
+BOUNDS = {
+    "forward<false>": (4, 4, 4, 6),
+    "forward<true>": (3, 3, 4, 4),
+    "backward<0>": (4, 3, 2, 2),
+    "backward<1>": (4, 3, 2, 2),
+    "backward<2>": (3, 3, 2, 2),
+    "weight_grad<false>": (3, 3, 2, 2),
+    "weight_grad<true>": (3, 2, 2, 2),
+}
 # 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
 # weights need this constant: the one e3nn samples for torch differs from it in the third digit.
 SILU_NORM = 1.6765620560798837
+CHUNK = 4  # neighbouring atoms that a block takes together
 WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
 
-PRELUDE = r"""
+# What the kernels ask of the GPU, in PTX. test_kernels.py has the same in C++, and so runs all else on a CPU.
+HARDWARE = r"""
 typedef long long i64;
 #define DEV __device__ __forceinline__
-#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-// Rounded to TF32, whose 10 explicit bits are also those of float16.
+// Two floats as float16, the first in the low half
+DEV unsigned half2(float a, float b) { unsigned h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a)); return h; }
+// Rounded to TF32, whose 10 explicit bits are also those of float16
 DEV float tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
-DEV unsigned short half(float x) { unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
-DEV float low(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(h)); return x; }
-DEV float high(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(h)); return x; }
 
-// d (16 x 8) += a (16 x 8) b (8 x 8).  Thread (g, q): a = rows g, g+8 of column q, then of column q+4; b = rows q, q+4 of
-// column g; d = columns 2q, 2q+1 of row g, then of row g+8. Which columns of a (rows of b) are called q, q+4 is free: we
-// use that to load vectors, and to pass a d on as the next a.
-DEV void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+// d (16 x 8) += a (16 x 8) b (8 x 8). Thread (g, q) = (lane / 4, lane % 4) has of d: columns 2q, 2q+1 of row g, then of row
+// g+8. Of a: column q of rows g and g+8, then column q+4; of b: rows q, q+4 of column g.
+DEV void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
-// The same for 16 columns of a, two in a register, in float16
+// In float16, of a: columns 2q, 2q+1 of rows g and g+8; of b: rows 2q, 2q+1 of column g; then the same of the next 8.
+DEV void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
+}
 DEV void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Four 8 x 8 matrices of float16 in shared memory, thread 8 i + r pointing at row r of matrix i: of each, columns 2q, 2q+1
+// of row g; transposed: rows 2q, 2q+1 of column g.
+DEV void load_matrices(unsigned (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((unsigned)__cvta_generic_to_shared(row)));
+}
+DEV void load_matrices_transposed(unsigned (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((unsigned)__cvta_generic_to_shared(row)));
+}
 
-// d += a b of float32 operands. EXACT: each split into a high and a low part, and the sum rounded as float32 sums are.
-DEV void product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  float ah[4];
-  EACH(i, 4) ah[i] = tf32(a[i]);
-#if EXACT
-  float bh[2], al[4], bl[2], t[4] = {0, 0, 0, 0};
-  EACH(i, 2) bh[i] = tf32(b[i]);
-  EACH(i, 4) al[i] = tf32(a[i] - ah[i]);
-  EACH(i, 2) bl[i] = tf32(b[i] - bh[i]);
-  mma(t, al, bh);
-  mma(t, ah, bl);
-  mma(t, ah, bh);
-  EACH(i, 4) d[i] += t[i];
+// Sums in global memory
+DEV void add2(float* p, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b));
 #else
-  mma(d, ah, b);  // b comes rounded
+  atomicAdd(p, a); atomicAdd(p + 1, b);
+#endif
+}
+DEV void add4(float* p, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(p), "f"(a), "f"(b), "f"(c), "f"(d));
+#else
+  atomicAdd(p, a); atomicAdd(p + 1, b); atomicAdd(p + 2, c); atomicAdd(p + 3, d);
+#endif
+}
+
+// Copies to shared memory that go on while the thread does
+template <int BYTES>
+DEV void copy_async(void* to, const void* from) {
+  const unsigned address = (unsigned)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(address), "l"(from), "n"(BYTES) : "memory");
+}
+DEV void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+"""
+
+PRELUDE = r"""
+#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+const int HARMONICS = 8 * (LMAX + 1);  // of an edge: 8 for each degree, the last ones zero
+
+// Operands of products of 8 x 8 matrices. EXACT: float32, each product by three of TF32. Else float16. `A8`: 16 rows, a
+// thread has columns 2q, 2q+1 of rows g and g+8; `B8`: rows 2q, 2q+1 of column g. So an accumulator is the next operand.
+#if EXACT
+typedef float Stored;
+struct A8 { float v[4]; };
+struct B8 { float v[2]; };
+DEV Stored stored(float x) { return x; }
+#else
+typedef unsigned short Stored;
+struct A8 { unsigned v[2]; };
+struct B8 { unsigned v; };
+DEV Stored stored(float x) { return (Stored)half2(x, 0); }
+#endif
+
+// float32, by a high and a low part of each operand; the sum is rounded as float32 sums are. Columns of a are 2q, 2q+1.
+DEV void product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  float ah[4], bh[2], al[4], bl[2], t[4] = {0, 0, 0, 0};
+  EACH(i, 4) { ah[i] = tf32(a[i]); al[i] = tf32(a[i] - ah[i]); }
+  EACH(i, 2) { bh[i] = tf32(b[i]); bl[i] = tf32(b[i] - bh[i]); }
+  mma_tf32(t, al, bh);
+  mma_tf32(t, ah, bl);
+  mma_tf32(t, ah, bh);
+  EACH(i, 4) d[i] += t[i];
+}
+
+// The same for the sums over a node, whose coupling coefficients b are exact in TF32 mode too
+DEV void couple(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if EXACT
+  product(d, a, b);
+#else
+  float ah[4], bh[2], bl[2];
+  EACH(i, 4) ah[i] = tf32(a[i]);
+  EACH(i, 2) { bh[i] = tf32(b[i]); bl[i] = tf32(b[i] - bh[i]); }
+  mma_tf32(d, ah, bl);
+  mma_tf32(d, ah, bh);
+#endif
+}
+
+#if EXACT
+DEV void mma8(float (&d)[4], const A8& a, const B8& b) { product(d, a.v, b.v); }
+DEV void mma16(float (&d)[4], const A8& a, const A8& a1, const B8& b, const B8& b1) { product(d, a.v, b.v); product(d, a1.v, b1.v); }
+DEV A8 rows(const float (&d)[4]) { return {d[0], d[2], d[1], d[3]}; }
+DEV A8 stack(const B8& top, const B8& bottom) { return {top.v[0], bottom.v[0], top.v[1], bottom.v[1]}; }
+DEV B8 part(const A8& a, int bottom) { return {a.v[bottom], a.v[2 + bottom]}; }
+// Four matrices in a row in shared memory, 64 numbers each: column g of an operand is row g of the matrix, or column g
+DEV void load4(B8 (&b)[4], const Stored* m, int lane) { EACH(i, 4) b[i] = {m[64 * i + 2 * lane], m[64 * i + 2 * lane + 1]}; }
+DEV void load4_transposed(B8 (&b)[4], const Stored* m, int lane) {
+  const int at = lane % 4 * 16 + lane / 4;
+  EACH(i, 4) b[i] = {m[64 * i + at], m[64 * i + at + 8]};
+}
+// Two matrices in a row, and the two that are 8 K further on
+DEV void load2x2(B8 (&b)[4], const Stored* m, int lane) {
+  EACH(i, 4) {
+    const Stored* from = m + i / 2 * 8 * K + i % 2 * 64 + 2 * lane;
+    b[i] = {from[0], from[1]};
+  }
+}
+DEV void load2x2_transposed(B8 (&b)[4], const Stored* m, int lane) {
+  const int at = lane % 4 * 16 + lane / 4;
+  EACH(i, 4) {
+    const Stored* from = m + i / 2 * 8 * K + i % 2 * 64 + at;
+    b[i] = {from[0], from[8]};
+  }
+}
+DEV B8 load_pair(const Stored* p) { return {p[0], p[1]}; }
+DEV void store_pair(Stored* p, float a, float b) { p[0] = a; p[1] = b; }
+#else
+DEV void mma8(float (&d)[4], const A8& a, const B8& b) { mma_half(d, a.v[0], a.v[1], b.v); }
+DEV void mma16(float (&d)[4], const A8& a, const A8& a1, const B8& b, const B8& b1) { mma_half(d, a.v[0], a.v[1], a1.v[0], a1.v[1], b.v, b1.v); }
+DEV A8 rows(const float (&d)[4]) { return {half2(d[0], d[1]), half2(d[2], d[3])}; }
+DEV A8 stack(const B8& top, const B8& bottom) { return {top.v, bottom.v}; }
+DEV B8 part(const A8& a, int bottom) { return {a.v[bottom]}; }
+DEV void load4(B8 (&b)[4], const Stored* m, int lane) {
+  unsigned r[4];
+  load_matrices(r, m + 8 * lane);
+  EACH(i, 4) b[i].v = r[i];
+}
+DEV void load4_transposed(B8 (&b)[4], const Stored* m, int lane) {
+  unsigned r[4];
+  load_matrices_transposed(r, m + 8 * lane);
+  EACH(i, 4) b[i].v = r[i];
+}
+DEV void load2x2(B8 (&b)[4], const Stored* m, int lane) {
+  unsigned r[4];
+  load_matrices(r, m + lane / 16 * 8 * K + lane % 16 * 8);
+  EACH(i, 4) b[i].v = r[i];
+}
+DEV void load2x2_transposed(B8 (&b)[4], const Stored* m, int lane) {
+  unsigned r[4];
+  load_matrices_transposed(r, m + lane / 16 * 8 * K + lane % 16 * 8);
+  EACH(i, 4) b[i].v = r[i];
+}
+DEV B8 load_pair(const Stored* p) { return {*(const unsigned*)p}; }
+DEV void store_pair(Stored* p, float a, float b) { *(unsigned*)p = half2(a, b); }
+#endif
+
+// Power of two of the largest number of a warp, and powers: gradients are brought to about 1 before they become float16.
+DEV float power(int e) { return __uint_as_float((unsigned)(127 + e) << 23); }
+DEV int magnitude(float largest) {
+#if EXACT
+  return 0;
+#else
+  const int e = (int)(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23) - 127;
+  return max(-100, min(e, 100));
 #endif
 }
 
@@ -95,501 +238,939 @@ DEV Pair load2(const float* p, int second) {
   return {__ldg(p), __ldg(p + second)};
 #endif
 }
-DEV void add2(float* p, float a, float b, bool two) {
-#if EVEN && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b));
+DEV void store2(float* p, float a, float b, int second) {
+#if EVEN
+  *(float2*)p = make_float2(a, b);
+#else
+  p[0] = a;
+  if (second) p[1] = b;
+#endif
+}
+DEV void add_pair(float* p, float a, float b, int second) {
+#if EVEN
+  add2(p, a, b);
 #else
   atomicAdd(p, a);
-  if (two) atomicAdd(p + 1, b);
+  if (second) atomicAdd(p + 1, b);
 #endif
 }
 
-// w3's columns of one octet of channels and one path lie in shared memory as a plane: as float32, 8 columns and 8 floats of
-// padding every 4 rows; in TF32 mode as float16, units of 8 rows of a column, so arranged that the reads of `radial` and of
-// `radial_back` both meet each bank once.
-#if EXACT
-#define PLANE (10 * K)
-#define ROW(k) ((k) * 8 + ((k) / 4) * 8)
-#else
-#define PLANE (8 * K)
-#define UNIT(k8, c) (((k8) / 4 * 32 + (c) * 4 + ((k8) % 4 ^ (c) / 2)) * 8)
-#endif
-
-// W of 16 edges (ea: edge g, eb: edge g+8), 8 channels, NP paths: (16 x K) hidden times (K x 8) for each path
-#if EXACT
-typedef float Hidden;
-template <int NP>
-DEV void radial(float (*w)[4], const Hidden* __restrict__ hidden, i64 ea, i64 eb, const float* w3, int g, int q) {
-  EACH(p, NP) EACH(i, 4) w[p][i] = 0;
-#pragma unroll 2
-  for (int j = 0; j < K / 16; j++) {
-    float4 a = __ldg((const float4*)(hidden + ea * K + 16 * j + 4 * q));
-    float4 b = __ldg((const float4*)(hidden + eb * K + 16 * j + 4 * q));
-    float a0[4] = {a.x, b.x, a.y, b.y}, a1[4] = {a.z, b.z, a.w, b.w};
-    EACH(p, NP) {
-      const float* s = w3 + p * PLANE + ROW(16 * j + 4 * q) + g;
-      float b0[2] = {s[0], s[8]}, b1[2] = {s[16], s[24]};
-      product(w[p], a0, b0);
-      product(w[p], a1, b1);
-    }
-  }
+// Rows in shared memory are 16 bytes longer than they need be: 8 of them then meet all banks.
+#define ROW(bytes) ((bytes) + 16)
+const int SH_BYTES = sizeof(Stored) * HARMONICS, HIDDEN_BYTES = sizeof(Stored) * K;
+template <int BYTES, int N>
+DEV void copy_rows(char* to, const void* from, int first, int n_rows, int thread, int threads) {
+  const int UNITS = BYTES / 16;
+  for (int i = thread; i < N * UNITS; i += threads)
+    copy_async<16>(to + i / UNITS * ROW(BYTES) + i % UNITS * 16, (const char*)from + (i64)min(first + i / UNITS, n_rows - 1) * BYTES + i % UNITS * 16);
 }
-DEV void load8_shared(float (&h)[8], const Hidden* p) {
-  float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
-  h[0] = a.x; h[1] = a.y; h[2] = a.z; h[3] = a.w; h[4] = b.x; h[5] = b.y; h[6] = b.z; h[7] = b.w;
-}
-#else
-typedef unsigned short Hidden;
-template <int NP>
-DEV void radial(float (*w)[4], const Hidden* __restrict__ hidden, i64 ea, i64 eb, const unsigned short* w3, int g, int q) {
-  EACH(p, NP) EACH(i, 4) w[p][i] = 0;
-  EACH(j, K / 32) {
-    uint4 a = __ldg((const uint4*)(hidden + ea * K + 32 * j + 8 * q));
-    uint4 b = __ldg((const uint4*)(hidden + eb * K + 32 * j + 8 * q));
-    EACH(p, NP) {
-      uint4 f = *(const uint4*)(w3 + p * PLANE + UNIT(4 * j + q, g));
-      mma_half(w[p], a.x, b.x, a.y, b.y, f.x, f.y);
-      mma_half(w[p], a.z, b.z, a.w, b.w, f.z, f.w);
-    }
-  }
-}
-DEV void load8_shared(float (&h)[8], const Hidden* p) {
-  uint4 a = *(const uint4*)p;
-  h[0] = low(a.x); h[1] = high(a.x); h[2] = low(a.y); h[3] = high(a.y);
-  h[4] = low(a.z); h[5] = high(a.z); h[6] = low(a.w); h[7] = high(a.w);
-}
-#endif
-
-// gh (16 edges x K) += gw (16 edges x 8 channels, as radial leaves it) w3^T. Column n' of product n is row K/8 n' + n of w3.
-DEV void radial_back(float (&gh)[K / 8][4], const float (&gw)[4], const Hidden* w3, int g, int q) {
-  float a[4] = {gw[0], gw[2], gw[1], gw[3]};
-#if EXACT
-  EACH(n, K / 8) {
-    const float* s = w3 + ROW(K / 8 * g + n) + 2 * q;
-    float b[2] = {s[0], s[1]};
-    product(gh[n], a, b);
-  }
-#else
-  EACH(k, K / 64) {
-    const int odd = g & 1;  // threads with odd g read their two columns the other way round
-    float b0[8], b1[8];
-    load8_shared(b0, w3 + UNIT(K / 64 * g + k, 2 * q + odd));
-    load8_shared(b1, w3 + UNIT(K / 64 * g + k, 2 * q + 1 - odd));
-    EACH(n, 8) {
-      float b[2] = {odd ? b1[n] : b0[n], odd ? b0[n] : b1[n]};
-      product(gh[8 * k + n], a, b);
-    }
-  }
-#endif
-}
-
-// What weight_grad reads of 8 edges, fetched while the 8 before are at work; rows 16 bytes longer than they need be
-#define SH_ROW ((4 * SH + 31) / 16 * 16)
-#define HIDDEN_ROW (sizeof(Hidden) * K + 16)
-#define X_ROW (64 * (2 * LMAX_IN + 1) + 16)
-struct __align__(16) Rows {
-  i64 senders[16];
-  char sh[8 * SH_ROW], shd[8 * SH_ROW], hidden[8 * HIDDEN_ROW], slope[8 * HIDDEN_ROW], x[8 * X_ROW], xd[8 * X_ROW];
-};
+// Matrices 2 s and 2 s + 1 (columns) of 16 rows
 template <int BYTES>
-DEV void copy_async(char* to, const void* from) {
-  const unsigned address = (unsigned)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(address), "l"(from), "n"(BYTES) : "memory");
-}
-DEV void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncwarp();
-}
-template <int BYTES, int ROW_BYTES>
-DEV void copy_rows(char* to, const void* from, i64 e0, i64 n_edges, int lane) {
-  const int UNIT = BYTES % 16 ? 4 : 16, UNITS = BYTES / UNIT;
-  for (int i = lane; i < 8 * UNITS; i += 32) {
-    const int row = i / UNITS, at = i % UNITS * UNIT;
-    copy_async<UNIT>(to + row * ROW_BYTES + at, (const char*)from + min(e0 + row, n_edges - 1) * BYTES + at);
-  }
-}
-DEV void load_row(float (&s)[SH], const char* row) {
-#if SH % 4 == 0
-  EACH(i, SH / 4) {
-    float4 f = ((const float4*)row)[i];
-    s[4 * i] = f.x; s[4 * i + 1] = f.y; s[4 * i + 2] = f.z; s[4 * i + 3] = f.w;
-  }
-#else
-  EACH(i, SH) s[i] = ((const float*)row)[i];
-#endif
-}
-
-DEV void put(float (&w)[4], int slot, int c, float v) {
-  w[c] = slot ? w[c] : v;
-  w[2 + c] = slot ? v : w[2 + c];
-}
-
-#define SH4 ((SH + 3) / 4)
-DEV void load_sh(float (&s)[SH], const float* __restrict__ sh, i64 e) {
-#if SH % 4 == 0
-  EACH(i, SH / 4) {
-    float4 f = __ldg((const float4*)(sh + e * SH) + i);
-    s[4 * i] = f.x; s[4 * i + 1] = f.y; s[4 * i + 2] = f.z; s[4 * i + 3] = f.w;
-  }
-#else
-  EACH(i, SH) s[i] = __ldg(sh + e * SH + i);
-#endif
-}
-"""
-
-# One degree of the input. {L}: its number; D1 = 2l+1; NP paths; OUT components of the output a channel; MUL channels.
-DEGREE = r"""
-namespace L{L} {{
-const int D1 = {D1}, NP = {NP}, OUT = {OUT}, MUL = {MUL}, XOFF = {XOFF}, OCTETS = {OCTETS};
-__constant__ const int COLUMN[NP] = {{{columns}}};  // of w3, where a path begins
-{functions}
-
-DEV void load_x(float (&x)[D1], float (&x1)[D1], const float* __restrict__ feat, i64 atom, int u, int second) {{
-  EACH(m, D1) {{
-    Pair v = load2(feat + atom * XDIM + XOFF + m * MUL + u, second);
-    x[m] = v.v[0]; x1[m] = v.v[1];
-  }}
-}}
-
-DEV void load_x_row(float (&x)[2][D1], const char* row, int g) {{
-  EACH(m, D1) {{
-    const float2 f = *(const float2*)(row + 64 * m + 8 * g);
-    x[0][m] = f.x; x[1][m] = f.y;
-  }}
-}}
-// 16 channels from u0 of the features at 8 senders
-DEV void copy_x(char* to, const float* x, const i64* senders, int u0, int lane) {{
-  const int UNIT = MUL % 4 || XOFF % 4 || XDIM % 4 ? 1 : 4;  // floats
-  EACH(i, 4 * D1 / UNIT) {{
-    const int unit = 32 * i + lane, edge = unit / (D1 * 16 / UNIT), m = unit / (16 / UNIT) % D1, c = unit % (16 / UNIT) * UNIT;
-    if (u0 + c < MUL) copy_async<4 * UNIT>(to + edge * X_ROW + 64 * m + 4 * c, x + senders[edge] * XDIM + XOFF + m * MUL + u0 + c);
-  }}
-}}
-
-DEV void stage(Hidden* w3, const float* __restrict__ source, int u0, int octets) {{
-  for (int i = threadIdx.x; i < octets * NP * K * 8; i += blockDim.x) {{
-    int c = i % 8, k = i / 8 % K, p = i / (8 * K) % NP, o = i / (8 * K * NP), u = u0 + 8 * o + c;
-    float v = u < MUL ? source[k * WDIM + COLUMN[p] + u] : 0;
-    Hidden* plane = w3 + (o * NP + p) * PLANE;
+DEV void load_rows(A8 (&a)[2], const char* rows, int s, int lane) {
 #if EXACT
-    plane[ROW(k) + c] = v;
+  const float* p = (const float*)(rows + lane / 4 * ROW(BYTES)) + 16 * s + lane % 4 * 2;
+  const float* p8 = p + 8 * ROW(BYTES) / 4;
+  EACH(i, 2) a[i] = {p[8 * i], p8[8 * i], p[8 * i + 1], p8[8 * i + 1]};
 #else
-    plane[UNIT(k / 8, c) + k % 8] = half(v);
+  unsigned r[4];
+  load_matrices(r, rows + lane % 16 * ROW(BYTES) + (2 * s + lane / 16) * 16);
+  EACH(i, 2) a[i] = {r[2 * i], r[2 * i + 1]};
 #endif
-  }}
-  __syncthreads();
-}}
-
-// forward and tangent: the warps of a block take the same nodes and different octets, so that `hidden` is read once
-template <bool TANGENT>
-DEV void forward(const Args& A, int u0, Hidden* smem) {{
-  const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  stage(smem, A.w3, u0, octets);
-  const int parts = octets / OCTETS, part = warp % parts;  // of the slab, one a warp
-  const Hidden* w3 = smem + part * OCTETS * NP * PLANE;
-  const int side = {WARPS} / parts;
-  if (warp >= side * parts) return;
-  int first[OCTETS], u[OCTETS], second[OCTETS];
-  EACH(o, OCTETS) {{
-    first[o] = u0 + 8 * (part * OCTETS + o) + 2 * q;
-    u[o] = min(first[o], MUL - 1 - EVEN);
-    second[o] = first[o] + 1 < MUL;
-  }}
-  const int last = min(A.n_atoms, (blockIdx.x + 1) * A.chunk);
-  for (int node = blockIdx.x * A.chunk + warp / parts; node < last; node += side) {{
-    float acc[2 * OCTETS][OUT];
-    EACH(c, 2 * OCTETS) EACH(i, OUT) acc[c][i] = 0;
-    const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
-    for (i64 e0 = begin; e0 < end; e0 += 16) {{
-      const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
-      float w[OCTETS * NP][4], wd[TANGENT ? OCTETS * NP : 1][4];
-      radial<OCTETS * NP>(w, A.hidden, ea, eb, w3, g, q);
-      if constexpr (TANGENT) radial<OCTETS * NP>(wd, A.slope, ea, eb, w3, g, q);
-      const i64 ja = A.senders[ea], jb = A.senders[eb];
-#pragma unroll 1
-      for (int t = 0; t < 2; t++) {{
-        const i64 e = t ? eb : ea, j = t ? jb : ja;
-        const float valid = e0 + g + 8 * t < end;
-        float x[2 * OCTETS][D1], s[SH], v[2 * OCTETS][NP];
-        EACH(o, OCTETS) load_x(x[2 * o], x[2 * o + 1], A.x, j, u[o], second[o]);
-        load_sh(s, A.sh, e);
-        EACH(o, OCTETS) EACH(p, NP) EACH(c, 2) v[2 * o + c][p] = valid * (t ? w[o * NP + p][2 + c] : w[o * NP + p][c]);
-        if constexpr (TANGENT) {{
-          float xd[2 * OCTETS][D1], sd[SH], vd[2 * OCTETS][NP];
-          const float rd = valid * A.rd[e];
-          EACH(o, OCTETS) load_x(xd[2 * o], xd[2 * o + 1], A.xd, j, u[o], second[o]);
-          load_sh(sd, A.shd, e);
-          EACH(o, OCTETS) EACH(p, NP) EACH(c, 2) vd[2 * o + c][p] = rd * (t ? wd[o * NP + p][2 + c] : wd[o * NP + p][c]);
-          tangent(acc, x, xd, s, sd, v, vd);
-        }} else {{
-          message(acc, x, s, v);
-        }}
-      }}
-    }}
-    EACH(c, 2 * OCTETS) EACH(i, OUT)
-      for (int d = 4; d < 32; d *= 2) acc[c][i] += __shfl_xor_sync(~0u, acc[c][i], d);
-    EACH(o, OCTETS)
-      if (g == o && first[o] < MUL) store(A.out + (i64)node * YDIM + u[o], acc[2 * o], acc[2 * o + 1], second[o]);
-  }}
-}}
-
-// backward: a warp takes a node and all octets of the slab. MODE 0: gradients of x, sh and r (slope = d hidden / dr);
-// 1: of x, sh and hidden; 2: of forward and tangent together, by x, xd, hidden and slope.
-template <int MODE>
-DEV void backward(const Args& A, int u0, Hidden* smem) {{
-  const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  stage(smem, A.w3, u0, octets);
-  const int run = A.chunk / {WARPS}, start = blockIdx.x * A.chunk + warp * run, last = min(A.n_atoms, start + run);
-  for (int node = start; node < last; node++) {{
-    const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
-    for (i64 e0 = begin; e0 < end; e0 += 16) {{
-      const i64 ea = min(e0 + g, end - 1), eb = min(e0 + g + 8, end - 1);
-      float gs[MODE == 2 ? 1 : 2][4 * SH4], gr[2] = {{0, 0}};
-      float gh[MODE == 0 ? 1 : K / 8][4], gh2[MODE == 2 ? K / 8 : 1][4];
-      if constexpr (MODE != 2) EACH(i, 4 * SH4) gs[0][i] = gs[1][i] = 0;
-      if constexpr (MODE != 0) EACH(n, K / 8) EACH(i, 4) gh[n][i] = 0;
-      if constexpr (MODE == 2) EACH(n, K / 8) EACH(i, 4) gh2[n][i] = 0;
-#pragma unroll 1
-      for (int o = 0; o < octets; o++) {{
-        const Hidden* w3 = smem + o * NP * PLANE;
-        const int first = u0 + 8 * o + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
-        float w[NP][4], wd[MODE == 1 ? 1 : NP][4];
-        radial<NP>(w, A.hidden, ea, eb, w3, g, q);
-        if constexpr (MODE != 1) radial<NP>(wd, A.slope, ea, eb, w3, g, q);
-#pragma unroll (MODE == 2 ? 1 : 2)
-        for (int t = 0; t < 2; t++) {{
-          if (e0 + 8 * t >= end) break;
-          const i64 e = t ? eb : ea, j = A.senders[e];
-          const bool live = e0 + g + 8 * t < end;
-          const float valid = live;
-          float x[2][D1], gx[2][D1], s[SH], v[2][NP], vd[2][NP];
-          EACH(m, D1) gx[0][m] = gx[1][m] = 0;
-          load_x(x[0], x[1], A.x, j, u, second);
-          load_sh(s, A.sh, e);
-          EACH(p, NP) EACH(c, 2) {{
-            v[c][p] = valid * (t ? w[p][2 + c] : w[p][c]);
-            if constexpr (MODE != 1) vd[c][p] = valid * (t ? wd[p][2 + c] : wd[p][c]);
-          }}
-          const float* gy = A.gy + (i64)node * YDIM + u;
-          if constexpr (MODE == 2) {{
-            float xd[2][D1], sd[SH];
-            const float rd = A.rd[e];
-            load_x(xd[0], xd[1], A.xd, j, u, second);
-            load_sh(sd, A.shd, e);
-            EACH(p, NP) EACH(c, 2) vd[c][p] *= rd;
-            dual_back(gx, x, xd, s, sd, v, vd, gy, A.gyd + (i64)node * YDIM + u, second);
-            EACH(p, NP) EACH(c, 2) {{
-              put(w[p], t, c, valid * v[c][p]);
-              put(wd[p], t, c, valid * rd * vd[c][p]);
-            }}
-          }} else {{
-            message_back(gx, gs[t], x, s, v, gy, second);
-            EACH(p, NP) EACH(c, 2) {{
-              if constexpr (MODE == 0) gr[t] += v[c][p] * vd[c][p];
-              if constexpr (MODE == 1) put(w[p], t, c, valid * v[c][p]);
-            }}
-          }}
-          if (live && first < MUL && A.gx)
-            EACH(m, D1)
-              add2(A.gx + j * XDIM + XOFF + m * MUL + u, gx[0][m], gx[1][m], second);
-        }}
-        if constexpr (MODE != 0)
-          EACH(p, NP) {{
-            radial_back(gh, w[p], w3 + p * PLANE, g, q);
-            if constexpr (MODE == 2) radial_back(gh2, wd[p], w3 + p * PLANE, g, q);
-          }}
-      }}
-      EACH(t, 2) {{
-        const i64 e = t ? eb : ea;
-        const bool live = e0 + g + 8 * t < end;
-        if constexpr (MODE != 2) {{
-          // over the four threads of an edge; each ends with a quarter of the harmonics
-          EACH(i, 2 * SH4) {{
-            const float mine = q & 2 ? gs[t][i + 2 * SH4] : gs[t][i], other = q & 2 ? gs[t][i] : gs[t][i + 2 * SH4];
-            gs[t][i] = mine + __shfl_xor_sync(~0u, other, 2);
-          }}
-          EACH(i, SH4) {{
-            const float mine = q & 1 ? gs[t][i + SH4] : gs[t][i], other = q & 1 ? gs[t][i] : gs[t][i + SH4];
-            gs[t][i] = mine + __shfl_xor_sync(~0u, other, 1);
-          }}
-          for (int d = 1; d < 4; d *= 2) gr[t] += __shfl_xor_sync(~0u, gr[t], d);
-          if (live) {{
-#if SH == 16
-            red4(A.gsh + e * SH + 4 * q, gs[t][0], gs[t][1], gs[t][2], gs[t][3]);
+}
+// Matrices at, at + 1, .. of 8 rows, which are rows of the operand
+template <int BYTES, int N>
+DEV void load_columns(B8 (&b)[N], const char* rows, int at, int lane) {
+#if EXACT
+  const float* p = (const float*)(rows + lane % 4 * 2 * ROW(BYTES)) + 8 * at + lane / 4;
+  EACH(i, N) b[i] = {p[8 * i], p[8 * i + ROW(BYTES) / 4]};
 #else
-            EACH(i, SH4) if (q * SH4 + i < SH) atomicAdd(A.gsh + e * SH + q * SH4 + i, gs[t][i]);
+  unsigned r[4];
+  load_matrices_transposed(r, rows + lane % 8 * ROW(BYTES) + (at + min(lane / 8, N - 1)) * 16);
+  EACH(i, N) b[i].v = r[i];
 #endif
-            if (MODE == 0 && q == 0) atomicAdd(A.gr + e, gr[t]);
-          }}
-        }}
-        if (MODE != 0 && live)
-          EACH(i, 2) EACH(n, K / 32) {{
-            const i64 at = e * K + K / 8 * (2 * q + i) + 4 * n;
-            if constexpr (MODE != 0) red4(A.gh + at, gh[4 * n][2 * t + i], gh[4 * n + 1][2 * t + i], gh[4 * n + 2][2 * t + i], gh[4 * n + 3][2 * t + i]);
-            if constexpr (MODE == 2) red4(A.gslope + at, gh2[4 * n][2 * t + i], gh2[4 * n + 1][2 * t + i], gh2[4 * n + 2][2 * t + i], gh2[4 * n + 3][2 * t + i]);
-          }}
-      }}
-    }}
-  }}
-}}
-}}  // namespace
-"""
+}
 
-ARGS = r"""
+// Harmonics and hidden layer, or their tangents, of N edges in shared memory
+template <int N>
+struct __align__(16) Edges { char sh[N * ROW(SH_BYTES)], hidden[N * ROW(HIDDEN_BYTES)]; };
+template <int N>
+DEV void fetch(Edges<N>& to, const Stored* sh, const Stored* hidden, int e0, int n_edges, int thread, int threads) {
+  copy_rows<SH_BYTES, N>(to.sh, sh, e0, n_edges, thread, threads);
+  copy_rows<HIDDEN_BYTES, N>(to.hidden, hidden, e0, n_edges, thread, threads);
+}
+
+// W of 16 edges (rows), 8 channels and one path, from the K/8 matrices (8 channels x 8 rows of w3) of this octet and path;
+// DUAL: also from the tangent of the hidden layer.
+template <bool DUAL>
+DEV void radial(float (&w)[4], float (&wd)[4], const A8 (&h)[K / 8], const A8 (&hd)[K / 8], const Stored* w3, int lane) {
+  EACH(i, 4) w[i] = wd[i] = 0;
+  EACH(j, K / 32) {
+    B8 b[4];
+    load4(b, w3 + 256 * j, lane);
+    EACH(s, 2) {
+      mma16(w, h[4 * j + 2 * s], h[4 * j + 2 * s + 1], b[2 * s], b[2 * s + 1]);
+      if (DUAL) mma16(wd, hd[4 * j + 2 * s], hd[4 * j + 2 * s + 1], b[2 * s], b[2 * s + 1]);
+    }
+  }
+}
+// W of 16 channels (rows; the even ones, then the odd ones in w3), two times 8 edges, and N paths
+template <int N, bool DUAL>
+DEV void radial16(float (*w)[2][4], float (*wd)[2][4], const Edges<16>* edges, const Stored* w3, int lane) {
+  EACH(p, N) EACH(t, 2) EACH(i, 4) { w[p][t][i] = 0; if (DUAL) wd[p][t][i] = 0; }
+  EACH(j, K / 16) {
+    A8 h[2], hd[2];
+    load_rows<HIDDEN_BYTES>(h, edges[0].hidden, j, lane);
+    if (DUAL) load_rows<HIDDEN_BYTES>(hd, edges[1].hidden, j, lane);
+    EACH(p, N) {
+      B8 b[4];  // even channels, then odd ones
+      load2x2(b, w3 + 16 * p * K + 128 * j, lane);
+      const A8 a = stack(b[0], b[2]), a1 = stack(b[1], b[3]);
+      EACH(t, 2) {
+        mma16(w[p][t], a, a1, part(h[0], t), part(h[1], t));
+        if (DUAL) mma16(wd[p][t], a, a1, part(hd[0], t), part(hd[1], t));
+      }
+    }
+  }
+}
+
 struct Args {
-  const float *x, *xd, *sh, *shd, *rd, *w3, *gy, *gyd;
-  const Hidden *hidden, *slope;
+  const float *x, *xd, *rd, *w3, *cg, *gy, *gyd;
+  const Stored *sh, *shd, *hidden, *slope;
   const i64 *senders, *row_ptr;
   float *out, *gx, *gsh, *gr, *gh, *gslope, *gw3;
   int n_atoms, chunk;
 };
-DEV void red4(float* p, float a, float b, float c, float d) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(p), "f"(a), "f"(b), "f"(c), "f"(d));
-#else
-  atomicAdd(p, a); atomicAdd(p + 1, b); atomicAdd(p + 2, c); atomicAdd(p + 3, d);
-#endif
-}
+
 """
 
-# Gradient of w3 for a group of paths of one degree: channels are rows here, so that the products of 8 edges are at once
-# the left operand of (16 channels x 8 edges) (8 edges x K), whose sum over the edges of the chunk stays in registers.
-WEIGHTS = r"""
+# One degree of the input. {L}: its number; D1 = 2l+1; NP paths; MUL channels.
+DEGREE = r"""
 namespace L{L} {{
-namespace G{G} {{
-const int NP = {NP}, FIRST = {FIRST}, OUT = {OUT};
-{functions}
+const int D1 = {D1}, NP = {NP}, MUL = {MUL}, XOFF = {XOFF}, CG = {CG};
+{tables}
 
-template <bool DUAL>
-DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
+// Coupling coefficients of path p and component m of x: row m3 of 8, column m2 of 8
+DEV const float* coupling(const Args& A, int p, int m) {{ return A.cg + (CG + p * D1 + m) * 64; }}
+
+// Channels u.. of the gradient of path p at a node, as an operand with components m3 in columns
+DEV Pair load_gy(const float* gy, int p, int m3, int second) {{
+  if (m3 >= D3(p)) return {{0, 0}};
+  return load2(gy + Y(p) + m3 * STRIDE(p), second);
+}}
+
+// Matrices of w3 (8 channels x 8 rows) of paths from `first` on, of n channels from u0 on: for each octet those of its paths; PAIRS:
+// for each path those of the even and of the odd of 16 channels.
+template <bool PAIRS>
+DEV void stage(Stored* to, const float* __restrict__ w3, int first, int paths, int u0, int n, int thread, int threads) {{
+  for (int i = thread; i < n * paths * K; i += threads) {{
+    const int c = i % n, k = i / n % K, p = i / (n * K), u = u0 + c;
+    const int matrix = PAIRS ? 2 * p + c % 2 : c / 8 * paths + p, row = PAIRS ? c / 2 : c % 8;
+    to[matrix * 8 * K + k / 8 * 64 + row * 8 + k % 8] = stored(u < MUL ? w3[k * WDIM + COLUMN(first + p) + u] : 0);
+  }}
+}}
+
+// forward and tangent. A warp takes a node, 16 channels and N paths from FIRST on, 16 edges at a time, and sums
+//     Z[u, m1, m2] = sum over edges of  W_u x_u,m1 Y_m2
+// on the tensor cores: channels are rows, edges what is summed over. Then out[u, m3] = sum of CG[m1, m2, m3] Z[u, m1, m2].
+template <bool TANGENT, int FIRST, int N>
+DEV void forward(const Args& A, int task, char* memory) {{
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  u0 += 16 * (warp % {groups});
-  Rows* buffer = all_rows + 2 * warp;
-  int turn = 0;
-  const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
-  float acc[NP][K / 8][4];
-  EACH(p, NP) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
-  const int run = A.chunk / ({WARPS} / {groups}), start = blockIdx.x * A.chunk + warp / {groups} * run, last = min(A.n_atoms, start + run);
-  const i64 n_edges = A.row_ptr[A.n_atoms];
-  auto fetch_edges = [&](Rows& to, i64 e0) {{
-    copy_rows<4 * SH, SH_ROW>(to.sh, A.sh, e0, n_edges, lane);
-    copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(to.hidden, A.hidden, e0, n_edges, lane);
-    if constexpr (DUAL) {{
-      copy_rows<4 * SH, SH_ROW>(to.shd, A.shd, e0, n_edges, lane);
-      copy_rows<sizeof(Hidden) * K, HIDDEN_ROW>(to.slope, A.slope, e0, n_edges, lane);
+  const int u0 = 16 * (task + warp), first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
+  typedef Edges<16> Buffer[1 + TANGENT];
+  Buffer* buffers = (Buffer*)memory;
+  Stored* w3 = (Stored*)(buffers + 2) + warp * N * 16 * K;
+  stage<true>(w3, A.w3, FIRST, N, u0, 16, lane, 32);
+  const int n_edges = (int)A.row_ptr[A.n_atoms];
+  int turn = 0, j[2][2];
+  float rd[2][2];
+  auto prepare = [&](int e0) {{  // what comes next: on its way while the present is at work
+    fetch(buffers[turn][0], A.sh, A.hidden, e0, n_edges, threadIdx.x, blockDim.x);
+    if constexpr (TANGENT) fetch(buffers[turn][1], A.shd, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
+    EACH(t, 2) EACH(i, 2) {{
+      const int e = min(e0 + 8 * t + 2 * q + i, n_edges - 1);
+      j[t][i] = (int)A.senders[e];
+      rd[t][i] = TANGENT ? A.rd[e] : 0;
     }}
   }};
-  auto fetch_x = [&](Rows& to, const i64* senders) {{
-    copy_x(to.x, A.x, senders, u0, lane);
-    if constexpr (DUAL) copy_x(to.xd, A.xd, senders, u0, lane);
-  }};
-  i64 j_soon = 0;  // senders of 16 edges from where the tile at hand begins: those of the next one are among them
-  if (start < last) {{
-    const i64 e0 = A.row_ptr[start];
-    fetch_edges(buffer[0], e0);
-    j_soon = A.senders[min(e0 + lane % 16, n_edges - 1)];
-    buffer[0].senders[lane % 16] = j_soon;
-    __syncwarp();
-    fetch_x(buffer[0], buffer[0].senders);
-  }}
-  for (int node = start; node < last; node++) {{
-    const i64 begin = A.row_ptr[node], end = A.row_ptr[node + 1];
-    float gy[2][OUT], gyd[2][OUT];
-    load_gy(gy, A.gy + (i64)node * YDIM + u, second);
-    if constexpr (DUAL) load_gy(gyd, A.gyd + (i64)node * YDIM + u, second);
-    for (i64 e0 = begin; e0 < end; e0 += 8) {{
-      float a[NP][4], ad[DUAL ? NP : 1][4];
-      const i64 ea = min(e0 + 2 * q, end - 1), eb = min(e0 + 2 * q + 1, end - 1);
-      const i64 next = min(e0 + 8, end);
-      Rows &rows = buffer[turn], &soon = buffer[turn ^ 1];
-      turn ^= 1;
-      rows.senders[lane % 16] = j_soon;
+  int begin = (int)A.row_ptr[blockIdx.x], end = (int)A.row_ptr[blockIdx.x + 1], next_begin, next_end;
+  prepare(begin);
+  for (int node = blockIdx.x; node < A.n_atoms; node += gridDim.x, begin = next_begin, end = next_end) {{
+    const int next = min(node + (int)gridDim.x, A.n_atoms - 1);
+    next_begin = (int)A.row_ptr[next];
+    next_end = (int)A.row_ptr[next + 1];
+    if (begin == end) {{
       wait_for_copies();
-      fetch_edges(soon, next);
-      fetch_x(soon, rows.senders + (next - e0));
-      j_soon = A.senders[min(next + lane % 16, n_edges - 1)];
-      EACH(t, 2) {{
-        const i64 e = t ? eb : ea;
-        const float valid = e0 + 2 * q + t < end;
-        float x[2][D1], s[SH], v[2][NP];
-        load_x_row(x, rows.x + (2 * q + t) * X_ROW, g);
-        load_row(s, rows.sh + (2 * q + t) * SH_ROW);
-        if constexpr (DUAL) {{
-          float xd[2][D1], sd[SH], vd[2][NP];
-          const float rd = valid * A.rd[e];
-          load_x_row(xd, rows.xd + (2 * q + t) * X_ROW, g);
-          load_row(sd, rows.shd + (2 * q + t) * SH_ROW);
-          dual_weights(v, vd, x, xd, s, sd, gy, gyd);
-          EACH(p, NP) EACH(c, 2) ad[p][2 * t + c] = rd * vd[c][p];
-        }} else {{
-          message_weights(v, x, s, gy);
-        }}
-        EACH(p, NP) EACH(c, 2) a[p][2 * t + c] = valid * v[c][p];
+      __syncthreads();
+      prepare(next_begin);
+    }}
+    float z[N][D1][4];
+    EACH(p, N) EACH(m, D1) EACH(i, 4) z[p][m][i] = 0;
+    for (int e0 = begin; e0 < end; e0 += 16) {{
+      int from[2][2];
+      float valid[2][2], rate[2][2];
+      EACH(t, 2) EACH(i, 2) {{
+        from[t][i] = j[t][i] * XDIM + XOFF + u;
+        valid[t][i] = e0 + 8 * t + 2 * q + i < end;
+        rate[t][i] = valid[t][i] * rd[t][i];
       }}
-      // column n of b stands for row K/8 n' + n of w3, n' its number in the product: 8 in a row are one load
-      EACH(k, K / 64) {{
-        float ha[8], hb[8];
-        load8_shared(ha, (const Hidden*)(rows.hidden + 2 * q * HIDDEN_ROW) + K / 8 * g + 8 * k);
-        load8_shared(hb, (const Hidden*)(rows.hidden + (2 * q + 1) * HIDDEN_ROW) + K / 8 * g + 8 * k);
-        EACH(n, 8) {{
-          float b[2] = {{ha[n], hb[n]}};
-          EACH(p, NP) product(acc[p][8 * k + n], a[p], b);
+      const Buffer& edges = buffers[turn];
+      wait_for_copies();
+      __syncthreads();
+      turn ^= 1;
+      prepare(e0 + 16 < end ? e0 + 16 : next_begin);
+      if (u0 >= MUL) continue;
+      float w[N][2][4], wd[TANGENT ? N : 1][2][4];
+      radial16<N, TANGENT>(w, wd, edges, w3, lane);
+      EACH(p, N) EACH(t, 2) EACH(c, 2) EACH(i, 2) {{
+        w[p][t][2 * c + i] *= valid[t][i];
+        if constexpr (TANGENT) wd[p][t][2 * c + i] *= rate[t][i];
+      }}
+      B8 y[2][LMAX + 1], yd[2][LMAX + 1];
+      EACH(t, 2) load_columns<SH_BYTES>(y[t], edges[0].sh + 8 * t * ROW(SH_BYTES), 0, lane);
+      if constexpr (TANGENT) EACH(t, 2) load_columns<SH_BYTES>(yd[t], edges[1].sh + 8 * t * ROW(SH_BYTES), 0, lane);
+      EACH(m, D1) {{
+        float x[2][4], xd[2][4];
+        EACH(t, 2) EACH(i, 2) {{
+          const Pair v = load2(A.x + from[t][i] + m * MUL, second);
+          x[t][i] = v.v[0]; x[t][2 + i] = v.v[1];
+          if constexpr (TANGENT) {{
+            const Pair vd = load2(A.xd + from[t][i] + m * MUL, second);
+            xd[t][i] = vd.v[0]; xd[t][2 + i] = vd.v[1];
+          }}
         }}
-        if constexpr (DUAL) {{
-          load8_shared(ha, (const Hidden*)(rows.slope + 2 * q * HIDDEN_ROW) + K / 8 * g + 8 * k);
-          load8_shared(hb, (const Hidden*)(rows.slope + (2 * q + 1) * HIDDEN_ROW) + K / 8 * g + 8 * k);
-          EACH(n, 8) {{
-            float b[2] = {{ha[n], hb[n]}};
-            EACH(p, NP) product(acc[p][8 * k + n], ad[p], b);
+        EACH(p, N) {{
+          float a[2][4], b[2][4];
+          EACH(t, 2) EACH(i, 4) {{
+            a[t][i] = w[p][t][i] * x[t][i];
+            if constexpr (TANGENT) b[t][i] = w[p][t][i] * xd[t][i] + wd[p][t][i] * x[t][i];
+          }}
+          const int l2 = L2(FIRST + p);
+          if constexpr (TANGENT) {{
+            mma16(z[p][m], rows(a[0]), rows(a[1]), yd[0][l2], yd[1][l2]);
+            mma16(z[p][m], rows(b[0]), rows(b[1]), y[0][l2], y[1][l2]);
+          }} else {{
+            mma16(z[p][m], rows(a[0]), rows(a[1]), y[0][l2], y[1][l2]);
           }}
         }}
       }}
     }}
+    EACH(p, N) {{
+      float out[4] = {{0, 0, 0, 0}};
+      EACH(m, D1) {{
+        const float2 c = __ldg((const float2*)(coupling(A, FIRST + p, m) + 8 * g + 2 * q));
+        const float a[4] = {{z[p][m][0], z[p][m][2], z[p][m][1], z[p][m][3]}}, b[2] = {{c.x, c.y}};
+        couple(out, a, b);
+      }}
+      if (first < MUL)
+        EACH(i, 2)
+          if (2 * q + i < D3(FIRST + p)) store2(A.out + (i64)node * YDIM + Y(FIRST + p) + (2 * q + i) * STRIDE(FIRST + p) + u, out[i], out[2 + i], second);
+    }}
   }}
   wait_for_copies();
-  float* out = A.gw3 + (i64)(blockIdx.x * {SLOTS} + warp / {groups}) * K * WDIM;
-  EACH(p, NP)
-    EACH(n, K / 8)
-      EACH(i, 4) {{
-        const int k = K / 8 * (2 * q + i % 2) + n, c = first + i / 2;
-        if (c < MUL) out[k * WDIM + COLUMN[FIRST + p] + c] = acc[p][n][i];
+}}
+
+// backward. A warp takes 8 channels; the block's, of the same node and 16 edges (rows), together `octets` of them. With
+// G[u, m1, m2] = sum of CG[m1, m2, m3] g[u, m3], once a node, and T = Y G, the gradient of W x Y G is  W T for x,  x T for W,
+// (W x) G for Y. MODE 0: gradients of x, sh and r (slope = d hidden / dr); 1: of x, sh and hidden; 2: of forward and
+// tangent together, by x, hidden and slope.
+template <int MODE>
+DEV void backward(const Args& A, int u0, char* memory) {{
+  const int DUAL = MODE == 2 ? 2 : 1;
+  const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  typedef Edges<16> Buffer[MODE == 1 ? 1 : 2];
+  Buffer* buffers = (Buffer*)memory;
+  Stored* w3 = (Stored*)(buffers + 2);
+  Stored* G = w3 + {WARPS} * NP * 8 * K + warp * NP * D1 * DUAL * 64;
+  A8* gw_all = (A8*)(w3 + {WARPS} * NP * (8 * K + D1 * DUAL * 64));  // gradients of W: of each octet, path, value and tangent
+  float4* gs_all = (float4*)(gw_all + (MODE ? ({WARPS} * NP + 1) * DUAL * 32 : 0));  // of Y: of each warp and degree
+  float* gr_all = (float*)(gs_all + (MODE < 2 ? {WARPS} * (LMAX + 1) * 32 : 0));  // of r: of each warp
+  float* largest = gr_all + {WARPS} * 16;
+  stage<false>(w3, A.w3, 0, NP, u0, 8 * octets, threadIdx.x, blockDim.x);
+  if (MODE) EACH(d, DUAL) gw_all[(octets * NP * DUAL + d) * 32 + lane] = {{}};
+  const bool mine = warp < octets;
+  const int first = u0 + 8 * warp + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
+  const int n_edges = (int)A.row_ptr[A.n_atoms];
+  int turn = 0, j[2];
+  float rd[2];
+  auto prepare = [&](int e0) {{  // what comes next: on its way while the present is at work
+    fetch(buffers[turn][0], A.sh, A.hidden, e0, n_edges, threadIdx.x, blockDim.x);
+    if (MODE == 2) fetch(buffers[turn][1], A.shd, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
+    if (MODE == 0) copy_rows<HIDDEN_BYTES, 16>(buffers[turn][1].hidden, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
+    EACH(t, 2) {{
+      const int e = min(e0 + 8 * t + g, n_edges - 1);
+      j[t] = (int)A.senders[e];
+      rd[t] = MODE == 2 ? A.rd[e] : 0;
+    }}
+  }};
+  int begin = (int)A.row_ptr[blockIdx.x], end = (int)A.row_ptr[blockIdx.x + 1], next_begin, next_end;
+  prepare(begin);
+  for (int node = blockIdx.x; node < A.n_atoms; node += gridDim.x, begin = next_begin, end = next_end) {{
+    const int next = min(node + (int)gridDim.x, A.n_atoms - 1);
+    next_begin = (int)A.row_ptr[next];
+    next_end = (int)A.row_ptr[next + 1];
+    if (begin == end) {{
+      wait_for_copies();
+      __syncthreads();
+      prepare(next_begin);
+    }}
+    if (begin == end) continue;
+    float scale = 1, unscale = 1;
+    {{
+      // rows g: gradient of the value; g+8: of the tangent
+      const int c = min(u0 + 8 * warp + g, MUL - 1);
+      float a[NP][4], top = 0;
+      EACH(p, NP) EACH(i, 2) {{
+        a[p][2 * i] = load_gy(A.gy + (i64)node * YDIM + c, p, q + 4 * i, 0).v[0];
+        a[p][2 * i + 1] = MODE == 2 ? load_gy(A.gyd + (i64)node * YDIM + c, p, q + 4 * i, 0).v[0] : 0;
       }}
+#if !EXACT
+      EACH(p, NP) EACH(i, 4) top = fmaxf(top, fabsf(a[p][i]));
+      const int e = magnitude(mine ? top : 0);
+      if (lane == 0) largest[warp] = e;
+      __syncthreads();
+      float most = largest[0];
+      EACH(i, {WARPS}) most = fmaxf(most, largest[i]);
+      scale = power(-(int)most);
+      unscale = power((int)most);
+      EACH(p, NP) EACH(i, 4) a[p][i] *= scale;
+#endif
+      if (mine)
+        EACH(p, NP) EACH(m, D1) {{
+          const float* cg = coupling(A, p, m);
+          const float b[2] = {{__ldg(cg + 8 * q + g), __ldg(cg + 8 * (q + 4) + g)}};
+          float d[4] = {{0, 0, 0, 0}};
+          couple(d, a[p], b);
+          Stored* to = G + (p * D1 + m) * DUAL * 64 + 2 * lane;
+          store_pair(to, d[0], d[1]);
+          if (MODE == 2) store_pair(to + 64, d[2], d[3]);
+        }}
+    }}
+    for (int e0 = begin; e0 < end; e0 += 16) {{
+      const bool live[2] = {{e0 + g < end, e0 + g + 8 < end}};
+      float x[D1][4], xd[D1][4];
+      if (mine)
+        EACH(m, D1) EACH(t, 2) {{
+          const int at = j[t] * XDIM + XOFF + m * MUL + u;
+          const Pair v = load2(A.x + at, second);
+          x[m][2 * t] = v.v[0]; x[m][2 * t + 1] = v.v[1];
+          if (MODE == 2) {{
+            const Pair v = load2(A.xd + at, second);
+            xd[m][2 * t] = v.v[0]; xd[m][2 * t + 1] = v.v[1];
+          }}
+        }}
+      int to[2];
+      float rate[2];
+      EACH(t, 2) {{ to[t] = j[t] * XDIM + XOFF + u; rate[t] = rd[t]; }}
+      const Buffer& edges = buffers[turn];
+      wait_for_copies();
+      __syncthreads();
+      turn ^= 1;
+      prepare(e0 + 16 < end ? e0 + 16 : next_begin);
+      if (mine) {{
+        float gx[D1][4], gs[LMAX + 1][4], gr[2] = {{0, 0}};
+        A8 y[LMAX / 2 * 2 + 2], yd[LMAX / 2 * 2 + 2], h[K / 8], hd[K / 8];
+        EACH(m, D1) EACH(i, 4) gx[m][i] = 0;
+        EACH(l, LMAX + 1) EACH(i, 4) gs[l][i] = 0;
+        EACH(s, LMAX / 2 + 1) {{
+          A8 a[2];
+          load_rows<SH_BYTES>(a, edges[0].sh, s, lane);
+          y[2 * s] = a[0]; y[2 * s + 1] = a[1];
+          if constexpr (MODE == 2) {{
+            load_rows<SH_BYTES>(a, edges[1].sh, s, lane);
+            yd[2 * s] = a[0]; yd[2 * s + 1] = a[1];
+          }}
+        }}
+        EACH(s, K / 16) {{
+          A8 a[2];
+          load_rows<HIDDEN_BYTES>(a, edges[0].hidden, s, lane);
+          h[2 * s] = a[0]; h[2 * s + 1] = a[1];
+          if constexpr (MODE != 1) {{
+            load_rows<HIDDEN_BYTES>(a, edges[1].hidden, s, lane);
+            hd[2 * s] = a[0]; hd[2 * s + 1] = a[1];
+          }}
+        }}
+        EACH(p, NP) {{
+          float w[4], wd[4], gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
+          const Stored* w3p = w3 + (warp * NP + p) * 8 * K;
+          radial<MODE != 1>(w, wd, h, hd, w3p, lane);
+          if (MODE == 2) EACH(i, 4) wd[i] *= rate[i / 2];
+          B8 b[4], bt[4];
+          EACH(m, D1) {{
+            const Stored* Gpm = G + (p * D1 + m) * DUAL * 64;
+            const int l2 = L2(p), at = m * DUAL % 4;
+            if (at == 0) load4(b, Gpm, lane);
+            if (at == 0 && MODE < 2) load4_transposed(bt, Gpm, lane);
+            float t[4] = {{0, 0, 0, 0}};
+            if (MODE == 2) {{
+              float td[4] = {{0, 0, 0, 0}};
+              mma16(t, y[l2], yd[l2], b[at], b[at + 1]);
+              mma8(td, y[l2], b[at + 1]);
+              EACH(i, 4) {{
+                gx[m][i] += w[i] * t[i]; gx[m][i] += wd[i] * td[i];
+                gw[i] += x[m][i] * t[i]; gw[i] += xd[m][i] * td[i];
+                gwd[i] += x[m][i] * td[i];
+              }}
+            }} else {{
+              float wx[4];
+              mma8(t, y[l2], b[at]);
+              EACH(i, 4) {{
+                gx[m][i] += w[i] * t[i];
+                gw[i] += x[m][i] * t[i];
+                wx[i] = w[i] * x[m][i];
+              }}
+              mma8(gs[l2], rows(wx), bt[at]);
+            }}
+          }}
+          if (MODE == 0) EACH(i, 4) gr[i / 2] += gw[i] * wd[i];
+          if (MODE) gw_all[(warp * NP + p) * DUAL * 32 + lane] = rows(gw);
+          if (MODE == 2) {{
+            EACH(i, 4) gwd[i] *= rate[i / 2];
+            gw_all[((warp * NP + p) * DUAL + 1) * 32 + lane] = rows(gwd);
+          }}
+        }}
+        if (A.gx && first < MUL)
+          EACH(t, 2)
+            if (live[t])
+              EACH(m, D1)
+                add_pair(A.gx + to[t] + m * MUL, unscale * gx[m][2 * t], unscale * gx[m][2 * t + 1], second);
+        if (MODE < 2) EACH(l, LMAX + 1) gs_all[(warp * (LMAX + 1) + l) * 32 + lane] = make_float4(gs[l][0], gs[l][1], gs[l][2], gs[l][3]);
+        if (MODE == 0)
+          EACH(t, 2) {{
+            for (int d = 1; d < 4; d *= 2) gr[t] += __shfl_xor_sync(~0u, gr[t], d);
+            if (q == 0) gr_all[warp * 16 + 8 * t + g] = gr[t];
+          }}
+      }}
+      __syncthreads();
+      // The sums over octets: each warp, of a quarter of the columns of gh; or of one degree of Y
+      if (MODE)
+        for (int c = warp; c < K / 16; c += {WARPS}) {{  // two matrices
+          const int count = octets * NP;  // an odd one is made even by a gradient of zero
+          float gh[2][4], gslope[2][4];
+          EACH(n, 2) EACH(i, 4) gh[n][i] = gslope[n][i] = 0;
+#pragma unroll 4
+          for (int i = 0; i < count; i += 2) {{
+            const A8* gw = gw_all + i * DUAL * 32 + lane;
+            B8 b[4];
+            load2x2_transposed(b, w3 + i * 8 * K + c * 128, lane);
+            EACH(n, 2) mma16(gh[n], gw[0], gw[DUAL * 32], b[n], b[2 + n]);
+            if (MODE == 2) EACH(n, 2) mma16(gslope[n], gw[32], gw[96], b[n], b[2 + n]);
+          }}
+          EACH(t, 2)
+            if (live[t]) {{
+              const i64 at = (i64)(e0 + 8 * t + g) * K + 16 * c + 4 * q;  // for columns 16 c + 2 q and + 8, and the next ones
+              add4(A.gh + at, unscale * gh[0][2 * t], unscale * gh[0][2 * t + 1], unscale * gh[1][2 * t], unscale * gh[1][2 * t + 1]);
+              if (MODE == 2) add4(A.gslope + at, unscale * gslope[0][2 * t], unscale * gslope[0][2 * t + 1], unscale * gslope[1][2 * t], unscale * gslope[1][2 * t + 1]);
+            }}
+        }}
+      if (MODE < 2)
+        for (int l = warp; l <= LMAX; l += {WARPS}) {{
+          float4 sum = make_float4(0, 0, 0, 0);
+          for (int o = 0; o < octets; o++) {{
+            const float4 f = gs_all[(o * (LMAX + 1) + l) * 32 + lane];
+            sum.x += f.x; sum.y += f.y; sum.z += f.z; sum.w += f.w;
+          }}
+          if (q <= l) {{
+            float* to = A.gsh + (i64)(e0 + g) * HARMONICS + 8 * l + 2 * q;
+            if (live[0]) add2(to, unscale * sum.x, unscale * sum.y);
+            if (live[1]) add2(to + 8 * HARMONICS, unscale * sum.z, unscale * sum.w);
+          }}
+        }}
+      if (MODE == 0 && warp == {WARPS} - 1 && lane < 16 && e0 + lane < end) {{
+        float sum = 0;
+        for (int o = 0; o < octets; o++) sum += gr_all[16 * o + lane];
+        atomicAdd(A.gr + e0 + lane, unscale * sum);
+      }}
+    }}
+  }}
+  wait_for_copies();
 }}
+
+// What `weight_grad` reads of 8 edges
+const int X_ROW = 64 * D1 + 16;
+struct __align__(16) Rows {{ Edges<8> edges[2]; int senders[16]; char x[8 * X_ROW], xd[8 * X_ROW]; }};
+
+DEV void load_x_row(float (&x)[D1][4], const char* rows, int i, int g) {{
+  EACH(m, D1) {{
+    const float2 f = *(const float2*)(rows + 64 * m + 8 * g);
+    x[m][i] = f.x; x[m][2 + i] = f.y;
+  }}
 }}
-}}  // namespaces
+// 16 channels from u0 of the features at 8 senders
+DEV void copy_x(char* to, const float* x, const int* senders, int u0, int lane) {{
+  const int UNIT = MUL % 4 || XOFF % 4 || XDIM % 4 ? 1 : 4;  // floats
+  for (int i = lane; i < 128 / UNIT; i += 32) {{
+    const int edge = i / (16 / UNIT), c = i % (16 / UNIT) * UNIT;
+    const float* from = x + senders[edge] * XDIM + XOFF + u0 + c;
+    if (u0 + c < MUL) EACH(m, D1) copy_async<4 * UNIT>(to + edge * X_ROW + 64 * m + 4 * c, from + m * MUL);
+  }}
+}}
+
+// Gradient of w3. A warp takes 16 channels (rows), N paths from FIRST on and many nodes, 8 edges at a time: with G as in
+// `backward`, gradients of W are x T, T = G Y, and the operand of their product with `hidden`, whose sum over edges stays
+// in registers. It is in units of the largest g met so far.
+template <bool DUAL, int FIRST, int N>
+DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  u0 += 16 * (warp % {groups});
+  Rows* buffer = all_rows + 2 * warp;
+  int turn = 0, top = EXACT ? 0 : -100;
+  const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
+  float acc[N][K / 8][4];
+  EACH(p, N) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
+  const int part = warp / {groups}, run = A.chunk / ({WARPS} / {groups});  // of a chunk of nodes
+  const int n_edges = (int)A.row_ptr[A.n_atoms];
+  int soon = 0;  // senders of 16 edges from where the tile at hand begins: those of the next one are among them
+  float rd[2];
+  auto prepare = [&](int e0, const int* senders) {{
+    Rows& to = buffer[turn];
+    fetch(to.edges[0], A.sh, A.hidden, e0, n_edges, lane, 32);
+    copy_x(to.x, A.x, senders, u0, lane);
+    if constexpr (DUAL) {{
+      fetch(to.edges[1], A.shd, A.slope, e0, n_edges, lane, 32);
+      copy_x(to.xd, A.xd, senders, u0, lane);
+      EACH(i, 2) rd[i] = A.rd[min(e0 + 2 * q + i, n_edges - 1)];
+    }}
+    soon = (int)A.senders[min(e0 + lane % 16, n_edges - 1)];
+  }};
+  for (int from = blockIdx.x * A.chunk + part * run; from < A.n_atoms; from += gridDim.x * A.chunk) {{
+  const int last = min(A.n_atoms, from + run);
+  int end = (int)A.row_ptr[from];
+  wait_for_copies();
+  buffer[turn ^ 1].senders[lane % 16] = (int)A.senders[min(end + lane % 16, n_edges - 1)];
+  __syncwarp();
+  prepare(end, buffer[turn ^ 1].senders);
+  for (int node = from; node < last; node++) {{
+    const int begin = end;
+    end = (int)A.row_ptr[node + 1];
+    if (begin == end) continue;
+    A8 G[N][D1], H[DUAL ? N : 1][D1];
+    {{
+      float a[N][4], b[N][4], largest = 0;
+      EACH(p, N) EACH(i, 2) {{
+        const Pair v = load_gy(A.gy + (i64)node * YDIM + u, FIRST + p, q + 4 * i, second);
+        a[p][2 * i] = v.v[0]; a[p][2 * i + 1] = v.v[1];
+        b[p][2 * i] = b[p][2 * i + 1] = 0;
+        if constexpr (DUAL) {{
+          const Pair v = load_gy(A.gyd + (i64)node * YDIM + u, FIRST + p, q + 4 * i, second);
+          b[p][2 * i] = v.v[0]; b[p][2 * i + 1] = v.v[1];
+        }}
+      }}
+      EACH(p, N) EACH(i, 4) largest = fmaxf(largest, fmaxf(fabsf(a[p][i]), fabsf(b[p][i])));
+      const int e = magnitude(largest);
+      if (e > top) {{
+        const float ratio = power(max(top - e, -126));
+        EACH(p, N) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] *= ratio;
+        top = e;
+      }}
+      EACH(p, N) EACH(i, 4) {{ a[p][i] *= power(-top); b[p][i] *= power(-top); }}
+      EACH(p, N) EACH(m, D1) {{
+        const float* cg = coupling(A, FIRST + p, m);
+        const float c[2] = {{__ldg(cg + 8 * q + g), __ldg(cg + 8 * (q + 4) + g)}};
+        float d[4] = {{0, 0, 0, 0}}, h[4] = {{0, 0, 0, 0}};
+        couple(d, a[p], c);
+        G[p][m] = rows(d);
+        if constexpr (DUAL) {{
+          couple(h, b[p], c);
+          H[p][m] = rows(h);
+        }}
+      }}
+    }}
+    for (int e0 = begin; e0 < end; e0 += 8) {{
+      const int next = min(e0 + 8, end);
+      Rows& tile = buffer[turn];
+      float x[D1][4], xd[D1][4], valid[2], rate[2];
+      EACH(i, 2) {{
+        valid[i] = e0 + 2 * q + i < end;
+        rate[i] = DUAL ? valid[i] * rd[i] : 0;
+      }}
+      tile.senders[lane % 16] = soon;
+      wait_for_copies();
+      turn ^= 1;
+      prepare(next, tile.senders + (next - e0));
+      B8 y[LMAX + 1], yd[LMAX + 1];
+      EACH(i, 2) {{
+        load_x_row(x, tile.x + (2 * q + i) * X_ROW, i, g);
+        if constexpr (DUAL) load_x_row(xd, tile.xd + (2 * q + i) * X_ROW, i, g);
+      }}
+      EACH(l, LMAX + 1) {{
+        y[l] = load_pair((const Stored*)(tile.edges[0].sh + g * ROW(SH_BYTES)) + 8 * l + 2 * q);
+        if constexpr (DUAL) yd[l] = load_pair((const Stored*)(tile.edges[1].sh + g * ROW(SH_BYTES)) + 8 * l + 2 * q);
+      }}
+      A8 a[N], ad[N];
+      EACH(p, N) {{
+        const int l2 = L2(FIRST + p);
+        float gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
+        EACH(m, D1) {{
+          float t[4] = {{0, 0, 0, 0}}, td[4] = {{0, 0, 0, 0}};
+          if constexpr (DUAL) {{
+            mma16(t, G[p][m], H[p][m], y[l2], yd[l2]);
+            mma8(td, H[p][m], y[l2]);
+            EACH(i, 4) {{ gw[i] += x[m][i] * t[i]; gw[i] += xd[m][i] * td[i]; gwd[i] += x[m][i] * td[i]; }}
+          }} else {{
+            mma8(t, G[p][m], y[l2]);
+            EACH(i, 4) gw[i] += x[m][i] * t[i];
+          }}
+        }}
+        EACH(i, 4) {{ gw[i] *= valid[i % 2]; gwd[i] *= rate[i % 2]; }}
+        a[p] = rows(gw);
+        ad[p] = rows(gwd);
+      }}
+      EACH(j, K / 32) {{
+        B8 h[4], hd[4];
+        load_columns<HIDDEN_BYTES>(h, tile.edges[0].hidden, 4 * j, lane);
+        if constexpr (DUAL) load_columns<HIDDEN_BYTES>(hd, tile.edges[1].hidden, 4 * j, lane);
+        EACH(n, 4) EACH(p, N) {{
+          if constexpr (DUAL) mma16(acc[p][4 * j + n], a[p], ad[p], h[n], hd[n]);
+          else mma8(acc[p][4 * j + n], a[p], h[n]);
+        }}
+      }}
+    }}
+  }}
+  }}
+  wait_for_copies();
+  float* out = A.gw3 + (i64)(blockIdx.x * {SLOTS} + part) * K * WDIM + u;
+  if (first < MUL)
+    EACH(p, N) EACH(n, K / 8) EACH(i, 2)
+      store2(out + (8 * n + 2 * q + i) * WDIM + COLUMN(FIRST + p), power(top) * acc[p][n][i], power(top) * acc[p][n][2 + i], second);
+}}
+}}  // namespace
 """
 
 
-# What stands between the convolutions: SiLU of the radial MLP, and norm and gate of a layer; each also with tangents. A warp
-# takes an atom. v: the layer's channels before norm and gate, NS scalars and NG gates first; k: 1/(2l+1)^2 / degrees.
-NODES = r"""
+# Edge vectors to harmonics and radial basis, with derivatives by dual numbers; a thread an edge, in float64, which costs nothing
+# here and takes most of the rounding error out of float32 forces.
+GEOMETRY = r"""
+struct Dual { double v, d; };
+DEV Dual operator+(Dual a, Dual b) { return {a.v + b.v, a.d + b.d}; }
+DEV Dual operator-(Dual a, Dual b) { return {a.v - b.v, a.d - b.d}; }
+DEV Dual operator*(Dual a, Dual b) { return {a.v * b.v, a.d * b.v + a.v * b.d}; }
+DEV Dual operator*(double a, Dual b) { return {a * b.v, a * b.d}; }
+DEV Dual operator-(Dual a, double b) { return {a.v - b, a.d}; }
+
+// As `harmonics` of model.py: of a unit vector, each degree beginning a row of 8
+DEV void harmonics(Dual (&y)[32], Dual a, Dual b, Dual c) {
+  const double s3 = 1.7320508075688772, s5 = 2.23606797749979, s7 = 2.6457513110645907, s15 = 3.872983346207417;
+  const double f = 2.091650066335189, h = 1.620185174601965;  // sqrt(17.5) / 2, sqrt(10.5) / 2
+  const Dual ac = a * c, d = c * c - a * a, bb = b * b, r = 5 * bb - 1;
+  y[0] = {1, 0};
+  y[8] = s3 * a; y[9] = s3 * b; y[10] = s3 * c;
+  y[16] = s15 * ac; y[17] = s15 * (a * b); y[18] = s5 * (1.5 * bb - 0.5); y[19] = s15 * (b * c); y[20] = 0.5 * s15 * d;
+  y[24] = f * (2 * (ac * c) + d * a); y[25] = s7 * s15 * (ac * b); y[26] = h * (a * r); y[27] = 0.5 * s7 * (b * (r - 2));
+  y[28] = h * (c * r); y[29] = 0.5 * s7 * s15 * (d * b); y[30] = f * (d * c - 2 * (ac * a));
+}
+
+struct Geometry {
+  const double *vectors, *along;  // along: a direction, whose derivatives are wanted in place of the values
+  const float *gsh, *gr;
+  double cutoff, p, *g;
+  Stored *sh, *basis;
+  float* rd;
+  int n_edges;
+};
+struct Polar { double r, u[3]; };
+DEV Polar polar(const double* v) {
+  const double r = sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
+  return {r, {v[0] / r, v[1] / r, v[2] / r}};
+}
+
+extern "C" __global__ void geometry(const Geometry A) {
+  for (int e = blockIdx.x * blockDim.x + threadIdx.x; e < A.n_edges; e += gridDim.x * blockDim.x) {
+    const Polar v = polar(A.vectors + (i64)e * 3);
+    double d[3] = {0, 0, 0};
+    if (A.along) {
+      const double* w = A.along + (i64)e * 3;
+      const double rd = v.u[0] * w[0] + v.u[1] * w[1] + v.u[2] * w[2];
+      EACH(i, 3) d[i] = (w[i] - rd * v.u[i]) / v.r;
+      A.rd[e] = (float)rd;
+    }
+    Dual y[32];
+    EACH(i, 32) y[i] = {0, 0};
+    harmonics(y, {v.u[0], d[0]}, {v.u[1], d[1]}, {v.u[2], d[2]});
+    EACH(i, HARMONICS / 2) {
+      const Dual a = y[2 * i], b = y[2 * i + 1];
+      store_pair(A.sh + (i64)e * HARMONICS + 2 * i, (float)(A.along ? a.d : a.v), (float)(A.along ? b.d : b.v));
+    }
+    if (A.basis) {
+      // Bessel functions times the polynomial cutoff (Gasteiger et al. 2020), as `radial_basis` of model.py; and d/dr
+      const double x = fmin(v.r / A.cutoff, 1.0), k0 = (A.p + 1) * (A.p + 2) / 2, k1 = A.p * (A.p + 2), k2 = A.p * (A.p + 1) / 2;
+      const double power = pow(x, A.p), fall = 1 - power * (k0 - x * (k1 - k2 * x));
+      const double fall_d = x < 1 ? -power / x * (A.p * k0 - x * ((A.p + 1) * k1 - (A.p + 2) * k2 * x)) / A.cutoff : 0;
+      EACH(i, BASIS / 2) {
+        float value[2] = {0, 0}, slope[2] = {0, 0};
+        EACH(j, 2)
+          if (2 * i + j < N_BASIS) {
+            const double k = (double)(float)((2 * i + j + 1) * 3.14159265358979323846) / A.cutoff;  // n pi in float32: see there
+            const double f = 2 / A.cutoff * sin(k * v.r) / v.r, df = 2 / A.cutoff * k * cos(k * v.r) / v.r - f / v.r;
+            value[j] = (float)(f * fall);
+            slope[j] = (float)(df * fall + f * fall_d);
+          }
+        store_pair(A.basis + (i64)e * BASIS + 2 * i, value[0], value[1]);
+        store_pair(A.basis + ((i64)A.n_edges + e) * BASIS + 2 * i, slope[0], slope[1]);
+      }
+    }
+  }
+}
+
+// g = gsh dY/dvector + gr dr/dvector
+extern "C" __global__ void geometry_back(const Geometry A) {
+  for (int e = blockIdx.x * blockDim.x + threadIdx.x; e < A.n_edges; e += gridDim.x * blockDim.x) {
+    const Polar v = polar(A.vectors + (i64)e * 3);
+    double g[3] = {0, 0, 0};
+    EACH(i, 3) {
+      Dual y[32];
+      EACH(k, 32) y[k] = {0, 0};
+      harmonics(y, {v.u[0], i == 0}, {v.u[1], i == 1}, {v.u[2], i == 2});
+      EACH(k, HARMONICS) g[i] += A.gsh[(i64)e * HARMONICS + k] * y[k].d;
+    }
+    const double along = g[0] * v.u[0] + g[1] * v.u[1] + g[2] * v.u[2];
+    EACH(i, 3) A.g[(i64)e * 3 + i] = (g[i] - along * v.u[i]) / v.r + A.gr[e] * v.u[i];
+  }
+}
+"""
+
+# The radial MLP, hidden = silu(silu(basis w1) w2), with tangents: derivatives by r. A warp takes 16 edges, which are rows.
+MLP = r"""
 DEV float sigmoid(float z) { return 1 / (1 + expf(-z)); }
 DEV float silu(float z, float s) { return z * s; }
 DEV float silu1(float z, float s) { return s * (1 + z * (1 - s)); }
 DEV float silu2(float z, float s) { return s * (1 - s) * (2 + z * (1 - 2 * s)); }
 
-struct Elements { const float *z, *grad; float *out; Hidden *stored; i64 n; };
+struct Mlp { const Stored* basis; const float *w1, *w2, *grad; Stored* out; float *gw1, *gw2; int n_edges; };
+const int BASIS_BYTES = sizeof(Stored) * BASIS, TILES = K / 8, EDGES = 16 * WARPS;
 
-// (a, ad) = (silu(z), silu'(z) zd), the last layer's as `Hidden`
-extern "C" __global__ void dual_silu(const Elements A) {
-  for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < A.n; i += (i64)gridDim.x * blockDim.x) {
-    const float z = A.z[i], zd = A.z[A.n + i], s = sigmoid(z), a = silu(z, s), ad = silu1(z, s) * zd;
-    if (A.out) { A.out[i] = a; A.out[A.n + i] = ad; }
+// (n, k) matrices of a (k, n) weight
+template <int INPUTS>
+DEV void stage_weights(Stored* to, const float* w, int rows) {
+  for (int i = threadIdx.x; i < INPUTS * K; i += blockDim.x) {
+    const int k = i / K, n = i % K;
+    to[(n / 8 * INPUTS + k / 8 * 8) * 8 + n % 8 * 8 + k % 8] = stored(k < rows ? w[k * K + n] : 0);
+  }
+}
+// Column n of 8 before the first SiLU, and its tangent
+DEV void first_layer(float (&z)[4], float (&zd)[4], const A8 (&b)[BASIS / 8], const A8 (&bd)[BASIS / 8], const Stored* w1, int n, int lane) {
+  EACH(i, 4) z[i] = zd[i] = 0;
+  EACH(k, BASIS / 8) {
+    const B8 w = load_pair(w1 + n * BASIS * 8 + k * 64 + 2 * lane);
+    mma8(z, b[k], w);
+    mma8(zd, bd[k], w);
+  }
+}
+// The same before the second
+DEV void second_layer(float (&z)[4], float (&zd)[4], const A8 (&a)[TILES], const A8 (&ad)[TILES], const Stored* w2, int n, int lane) {
+  EACH(i, 4) z[i] = zd[i] = 0;
+  EACH(j, K / 32) {
+    B8 w[4];
+    load4(w, w2 + n * K * 8 + 256 * j, lane);
+    EACH(s, 2) {
+      mma16(z, a[4 * j + 2 * s], a[4 * j + 2 * s + 1], w[2 * s], w[2 * s + 1]);
+      mma16(zd, ad[4 * j + 2 * s], ad[4 * j + 2 * s + 1], w[2 * s], w[2 * s + 1]);
+    }
+  }
+}
+DEV void activate(float (&z)[4], float (&zd)[4]) {
+  EACH(i, 4) {
+    const float s = sigmoid(z[i]);
+    zd[i] *= silu1(z[i], s);
+    z[i] = silu(z[i], s);
+  }
+}
+// By way of 16 rows each of shared memory
+DEV void load_basis(A8 (&b)[BASIS / 8], A8 (&bd)[BASIS / 8], char* rows, char* rows_d, const Mlp& A, int e0, int lane) {
+  copy_rows<BASIS_BYTES, 16>(rows, A.basis, e0, A.n_edges, lane, 32);
+  copy_rows<BASIS_BYTES, 16>(rows_d, A.basis + (i64)A.n_edges * BASIS, e0, A.n_edges, lane, 32);
+  wait_for_copies();
+  EACH(s, BASIS / 16) {
+    A8 a[2];
+    load_rows<BASIS_BYTES>(a, rows, s, lane);
+    b[2 * s] = a[0]; b[2 * s + 1] = a[1];
+    load_rows<BASIS_BYTES>(a, rows_d, s, lane);
+    bd[2 * s] = a[0]; bd[2 * s + 1] = a[1];
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp(const Mlp A) {
+  extern __shared__ __align__(16) char memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  Stored *w1 = (Stored*)memory, *w2 = w1 + BASIS * K;
+  char* rows16 = (char*)(w2 + K * K) + warp * 32 * ROW(BASIS_BYTES);
+  stage_weights<BASIS>(w1, A.w1, N_BASIS);
+  stage_weights<K>(w2, A.w2, K);
+  __syncthreads();
+  for (int e0 = blockIdx.x * EDGES + 16 * warp; e0 < A.n_edges; e0 += gridDim.x * EDGES) {
+    A8 b[BASIS / 8], bd[BASIS / 8], a[TILES], ad[TILES];
+    load_basis(b, bd, rows16, rows16 + 16 * ROW(BASIS_BYTES), A, e0, lane);
+    EACH(n, TILES) {
+      float z[4], zd[4];
+      first_layer(z, zd, b, bd, w1, n, lane);
+      activate(z, zd);
+      a[n] = rows(z);
+      ad[n] = rows(zd);
+    }
+    EACH(n, TILES) {
+      float z[4], zd[4];
+      second_layer(z, zd, a, ad, w2, n, lane);
+      activate(z, zd);
+      EACH(t, 2) {
+        const i64 at = (i64)(e0 + 8 * t + g) * K + 8 * n + 2 * q;
+        if (e0 + 8 * t + g < A.n_edges) {
+          store_pair(A.out + at, z[2 * t], z[2 * t + 1]);
+          store_pair(A.out + (i64)A.n_edges * K + at, zd[2 * t], zd[2 * t + 1]);
+        }
+      }
+    }
+  }
+}
+
+// 16 columns from 16 s on of 16 rows, which are the columns of the operand
+template <int BYTES>
+DEV void load_rows_transposed(A8 (&a)[2], const char* rows, int s, int lane) {
 #if EXACT
-    else { A.stored[i] = a; A.stored[A.n + i] = ad; }
-#else
-    else { A.stored[i] = half(a); A.stored[A.n + i] = half(ad); }
-#endif
+  const float* p = (const float*)(rows + lane % 4 * 2 * ROW(BYTES)) + 16 * s + lane / 4;
+  EACH(i, 2) {
+    const float *r = p + 2 * i * ROW(BYTES), *r1 = r + ROW(BYTES) / 4;
+    a[i] = {r[0], r[8], r1[0], r1[8]};
   }
+#else
+  unsigned r[4];
+  load_matrices_transposed(r, rows + (lane / 16 * 8 + lane % 8) * ROW(BYTES) + (2 * s + lane / 8 % 2) * 16);
+  EACH(i, 2) a[i] = {r[2 * i], r[2 * i + 1]};
+#endif
 }
-extern "C" __global__ void dual_silu_back(const Elements A) {
-  for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < A.n; i += (i64)gridDim.x * blockDim.x) {
-    const float z = A.z[i], zd = A.z[A.n + i], s = sigmoid(z), g = A.grad[i], gd = A.grad[A.n + i];
-    A.out[i] = g * silu1(z, s) + gd * silu2(z, s) * zd;
-    A.out[A.n + i] = gd * silu1(z, s);
+// acc += the sum over 16 WARPS edges of a row (outputs: M times 16) times b row (outputs: the warp's N times 8 columns)
+template <int A_BYTES, int M, int N>
+DEV void add_products(float (&acc)[M][N][4], const char* a_rows, const char* b_rows, int warp, int lane) {
+  const int C = N < 4 ? N : 4;
+  EACH(e, WARPS) EACH(c, N / C) {
+    B8 b[C], b1[C];
+    load_columns<HIDDEN_BYTES>(b, b_rows + 16 * e * ROW(HIDDEN_BYTES), N * warp + C * c, lane);
+    load_columns<HIDDEN_BYTES>(b1, b_rows + (16 * e + 8) * ROW(HIDDEN_BYTES), N * warp + C * c, lane);
+    EACH(m, M) {
+      A8 a[2];
+      load_rows_transposed<A_BYTES>(a, a_rows + 16 * e * ROW(A_BYTES), m, lane);
+      EACH(n, C) mma16(acc[m][C * c + n], a[0], a[1], b[n], b1[n]);
+    }
   }
 }
 
+// Gradients of w1 and w2, a partial sum for each block; grad: of hidden and of its tangent, as `backward` leaves it. What the
+// forward had is computed again. Gradients are in units of the largest met so far, as in `weight_grad`.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const Mlp A) {
+  extern __shared__ __align__(16) char memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int N = TILES / WARPS;  // columns of the gradients / 8, a warp
+  const int SIZE = EDGES * ROW(HIDDEN_BYTES);
+  Stored *w1 = (Stored*)memory, *w2 = w1 + BASIS * K;
+  char *basis = (char*)(w2 + K * K), *basis_d = basis + EDGES * ROW(BASIS_BYTES), *all = basis_d + EDGES * ROW(BASIS_BYTES);
+  int* largest = (int*)(all + 6 * SIZE);
+  // of the block's edges: activations of the first layer, gradients before the second SiLU and the first; each with tangents
+  auto pair = [&](int which, int row, int n) { return (Stored*)(all + which * SIZE + (16 * warp + row) * ROW(HIDDEN_BYTES)) + 8 * n + 2 * q; };
+  stage_weights<BASIS>(w1, A.w1, N_BASIS);
+  stage_weights<K>(w2, A.w2, K);
+  __syncthreads();
+  int top = EXACT ? 0 : -100;
+  float acc1[BASIS / 16][N][4], acc2[K / 16][N][4];
+  EACH(n, N) EACH(i, 4) {
+    EACH(m, BASIS / 16) acc1[m][n][i] = 0;
+    EACH(m, K / 16) acc2[m][n][i] = 0;
+  }
+  for (int block0 = blockIdx.x * EDGES; block0 < A.n_edges; block0 += gridDim.x * EDGES) {
+    const int e0 = block0 + 16 * warp;
+    A8 b[BASIS / 8], bd[BASIS / 8], a[TILES], ad[TILES];
+    __syncthreads();  // the sums of the edges before are done
+    load_basis(b, bd, basis + 16 * warp * ROW(BASIS_BYTES), basis_d + 16 * warp * ROW(BASIS_BYTES), A, e0, lane);
+    EACH(n, TILES) {
+      float z[4], zd[4];
+      first_layer(z, zd, b, bd, w1, n, lane);
+      activate(z, zd);
+      a[n] = rows(z);
+      ad[n] = rows(zd);
+      EACH(t, 2) {
+        store_pair(pair(0, 8 * t + g, n), z[2 * t], z[2 * t + 1]);
+        store_pair(pair(1, 8 * t + g, n), zd[2 * t], zd[2 * t + 1]);
+      }
+    }
+    float gz[TILES][4], gzd[TILES][4], most = 0;
+    EACH(c, TILES / 2) {
+      float gh[2][4], ghd[2][4];
+      EACH(t, 2) {
+        const bool live = e0 + 8 * t + g < A.n_edges;
+        const i64 at = (i64)min(e0 + 8 * t + g, A.n_edges - 1) * K + 16 * c + 4 * q;
+        const float4 f = __ldg((const float4*)(A.grad + at)), fd = __ldg((const float4*)(A.grad + (i64)A.n_edges * K + at));
+        gh[0][2 * t] = live * f.x; gh[0][2 * t + 1] = live * f.y; gh[1][2 * t] = live * f.z; gh[1][2 * t + 1] = live * f.w;
+        ghd[0][2 * t] = live * fd.x; ghd[0][2 * t + 1] = live * fd.y; ghd[1][2 * t] = live * fd.z; ghd[1][2 * t + 1] = live * fd.w;
+      }
+      EACH(h, 2) {
+        float z[4], zd[4];
+        second_layer(z, zd, a, ad, w2, 2 * c + h, lane);
+        EACH(i, 4) {
+          const float s = sigmoid(z[i]), d = silu1(z[i], s);
+          gz[2 * c + h][i] = gh[h][i] * d + ghd[h][i] * silu2(z[i], s) * zd[i];
+          gzd[2 * c + h][i] = ghd[h][i] * d;
+          most = fmaxf(most, fmaxf(fabsf(gz[2 * c + h][i]), fabsf(gzd[2 * c + h][i])));
+        }
+      }
+    }
+#if !EXACT
+    const int mine = magnitude(most);
+    if (lane == 0) largest[warp] = mine;
+    __syncthreads();
+    int e = top;
+    EACH(i, WARPS) e = max(e, largest[i]);
+    const float ratio = power(max(top - e, -126));
+    top = e;
+    EACH(n, N) EACH(i, 4) {
+      EACH(m, BASIS / 16) acc1[m][n][i] *= ratio;
+      EACH(m, K / 16) acc2[m][n][i] *= ratio;
+    }
+#endif
+    float ga[TILES][4], gad[TILES][4];
+    EACH(n, TILES) EACH(i, 4) ga[n][i] = gad[n][i] = 0;
+    EACH(n, TILES) {
+      EACH(i, 4) { gz[n][i] *= power(-top); gzd[n][i] *= power(-top); }
+      const A8 r = rows(gz[n]), rd = rows(gzd[n]);
+      EACH(t, 2) {
+        store_pair(pair(2, 8 * t + g, n), gz[n][2 * t], gz[n][2 * t + 1]);
+        store_pair(pair(3, 8 * t + g, n), gzd[n][2 * t], gzd[n][2 * t + 1]);
+      }
+      EACH(j, K / 32) {
+        B8 w[4];
+        load4_transposed(w, w2 + n * K * 8 + 256 * j, lane);
+        EACH(k, 4) { mma8(ga[4 * j + k], r, w[k]); mma8(gad[4 * j + k], rd, w[k]); }
+      }
+    }
+    EACH(n, TILES) {
+      float z[4], zd[4], gz1[4], gz1d[4];
+      first_layer(z, zd, b, bd, w1, n, lane);
+      EACH(i, 4) {
+        const float s = sigmoid(z[i]), d = silu1(z[i], s);
+        gz1[i] = ga[n][i] * d + gad[n][i] * silu2(z[i], s) * zd[i];
+        gz1d[i] = gad[n][i] * d;
+      }
+      EACH(t, 2) {
+        store_pair(pair(4, 8 * t + g, n), gz1[2 * t], gz1[2 * t + 1]);
+        store_pair(pair(5, 8 * t + g, n), gz1d[2 * t], gz1d[2 * t + 1]);
+      }
+    }
+    __syncthreads();
+    add_products<HIDDEN_BYTES>(acc2, all, all + 2 * SIZE, warp, lane);
+    add_products<HIDDEN_BYTES>(acc2, all + SIZE, all + 3 * SIZE, warp, lane);
+    add_products<BASIS_BYTES>(acc1, basis, all + 4 * SIZE, warp, lane);
+    add_products<BASIS_BYTES>(acc1, basis_d, all + 5 * SIZE, warp, lane);
+  }
+  EACH(n, N) EACH(i, 4) {
+    const int column = 8 * (N * warp + n) + 2 * q + i % 2;
+    EACH(m, BASIS / 16) {
+      const int k = 16 * m + g + i / 2 * 8;
+      if (k < N_BASIS) A.gw1[((i64)blockIdx.x * N_BASIS + k) * K + column] = power(top) * acc1[m][n][i];
+    }
+    EACH(m, K / 16) A.gw2[((i64)blockIdx.x * K + 16 * m + g + i / 2 * 8) * K + column] = power(top) * acc2[m][n][i];
+  }
+}
+"""
+
+# Norm and gate of a layer, also with tangents. A warp takes an atom. v: the layer's channels before norm and gate, NS scalars
+# and NG gates first; k: 1/(2l+1)^2 / degrees.
+NODES = r"""
 struct Nodes { const float *v, *vd, *w, *g, *gd; float *out, *outd, *gw; int n_atoms; };
 DEV float warp_sum(float x) { for (int d = 1; d < 32; d *= 2) x += __shfl_xor_sync(~0u, x, d); return x; }
 
@@ -751,145 +1332,15 @@ def node_source(muls_out, norm):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The generator
+# The source of a layer's shape
 
 
-class Coupling:
-    """One path (l1, l2 -> l3) as C: the edge's matrix M and the sums over it, term by term."""
-
-    def __init__(self, index, l1, l2, l3, cg, out_offset, y_offset, y_stride):
-        self.i, self.l1, self.l2, self.l3 = index, l1, l2, l3
-        self.out, self.y, self.stride = out_offset, y_offset, y_stride
-        self.m = {}  # (m1, m3) -> [(coefficient, m2)]
-        for m1, m2, m3 in np.argwhere(cg):
-            self.m.setdefault((int(m1), int(m3)), []).append((float(cg[m1, m2, m3]), l2 * l2 + int(m2)))
-
-    def matrix(self, name, sh):
-        terms = {k: " + ".join(f"{c!r}f * {sh}[{m2}]" for c, m2 in t) for k, t in self.m.items()}
-        return " ".join(f"const float {name}{a}_{b} = {t};" for (a, b), t in terms.items())
-
-    def times(self, name, vector):
-        """M vector, (2l1+1) sums; vector(m3) is C."""
-        return {
-            a: " + ".join(f"{name}{a}_{b} * {vector(b)}" for (a_, b) in self.m if a_ == a)
-            for a in sorted({a for a, _ in self.m})
-        }
-
-    def outputs(self):
-        return range(2 * self.l3 + 1)
-
-    def inputs(self):
-        return sorted({a for a, _ in self.m})
-
-
-def generate_message(paths):
-    """acc += W x^T M"""
-    out = ["DEV void message(float (&acc)[2 * OCTETS][OUT], const float (&x)[2 * OCTETS][D1], const float (&s)[SH],",
-           "    const float (&w)[2 * OCTETS][NP]) {"]
-    for p in paths:
-        out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2 * OCTETS) {"]
-        out += [f"      const float u{a} = w[c][{p.i}] * x[c][{a}];" for a in p.inputs()]
-        out += [f"      acc[c][{p.out + b}] += M{a}_{b} * u{a};" for a, b in p.m]
-        out += ["    }", "  }"]
-    return "\n".join([*out, "}"])
-
-
-def generate_tangent(paths):
-    """acc += (Wd x + W xd)^T M + W x^T Md"""
-    out = ["DEV void tangent(float (&acc)[2 * OCTETS][OUT], const float (&x)[2 * OCTETS][D1], const float (&xd)[2 * OCTETS][D1],"]
-    out += ["    const float (&s)[SH], const float (&sd)[SH], const float (&w)[2 * OCTETS][NP], const float (&wd)[2 * OCTETS][NP]) {"]
-    for p in paths:
-        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2 * OCTETS) {"]
-        for a in p.inputs():
-            out += [f"      const float u{a} = w[c][{p.i}] * x[c][{a}];"]
-            out += [f"      const float v{a} = w[c][{p.i}] * xd[c][{a}] + wd[c][{p.i}] * x[c][{a}];"]
-        out += [f"      acc[c][{p.out + b}] += M{a}_{b} * v{a}; acc[c][{p.out + b}] += N{a}_{b} * u{a};" for a, b in p.m]
-        out += ["    }", "  }"]
-    return "\n".join([*out, "}"])
-
-
-def load_gradient(p, name, pointer):
-    return " ".join(f"const Pair {name}{b} = load2({pointer} + {p.y + b * p.stride}, second);" for b in p.outputs())
-
-
-def generate_message_back(paths):
-    """gx += W M g; W <- x^T M g; gs += CG-contraction of W x g^T"""
-    out = ["DEV void message_back(float (&gx)[2][D1], float (&gs)[4 * SH4], const float (&x)[2][D1], const float (&s)[SH],"]
-    out += ["    float (&w)[2][NP], const float* __restrict__ gy, int second) {"]
-    for p in paths:
-        out += ["  {", "    " + p.matrix("M", "s"), "    " + load_gradient(p, "g", "gy")]
-        out += ["    float " + ", ".join(f"Q{a}_{b} = 0" for a, b in p.m) + ";", "    EACH(c, 2) {"]
-        for a, total in p.times("M", lambda b: f"g{b}.v[c]").items():
-            out += [f"      const float b{a} = {total}; const float u{a} = w[c][{p.i}] * x[c][{a}];"]
-            out += [f"      gx[c][{a}] += w[c][{p.i}] * b{a};"]
-        out += [f"      Q{a}_{b} += u{a} * g{b}.v[c];" for a, b in p.m]
-        out += [f"      w[c][{p.i}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in p.inputs()) + ";", "    }"]
-        out += [f"    gs[{m2}] += {c!r}f * Q{a}_{b};" for (a, b), t in p.m.items() for c, m2 in t] + ["  }"]
-    return "\n".join([*out, "}"])
-
-
-def generate_dual_back(paths):
-    """With b = M gd, d = M g + Md gd:  gx += W d + Wd b;  W <- x^T d + xd^T b;  Wd <- x^T b"""
-    out = ["DEV void dual_back(float (&gx)[2][D1], const float (&x)[2][D1], const float (&xd)[2][D1],"]
-    out += ["    const float (&s)[SH], const float (&sd)[SH], float (&w)[2][NP], float (&wd)[2][NP],"]
-    out += ["    const float* __restrict__ gy, const float* __restrict__ gyd, int second) {"]
-    for p in paths:
-        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd")]
-        out += ["    " + load_gradient(p, "g", "gy"), "    " + load_gradient(p, "h", "gyd")]
-        out += ["    EACH(c, 2) {"]
-        b = p.times("M", lambda b: f"h{b}.v[c]")
-        d, e = p.times("M", lambda b: f"g{b}.v[c]"), p.times("N", lambda b: f"h{b}.v[c]")
-        for a in b:
-            out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};"]
-            out += [f"      gx[c][{a}] += w[c][{p.i}] * d{a}; gx[c][{a}] += wd[c][{p.i}] * b{a};"]
-        out += [f"      w[c][{p.i}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
-        out += [f"      wd[c][{p.i}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
-    return "\n".join([*out, "}"])
-
-
-def generate_weights(paths):
-    """The node's gradients by path; W <- x^T M g; and with tangents Wd <- x^T M gd, W <- x^T (M g + Md gd) + xd^T M gd"""
-    at = [p.y + b * p.stride for p in paths for b in p.outputs()]
-    out = ["DEV void load_gy(float (&g)[2][OUT], const float* __restrict__ gy, int second) {"]
-    out += [f"  {{ const Pair v = load2(gy + {a}, second); g[0][{i}] = v.v[0]; g[1][{i}] = v.v[1]; }}" for i, a in enumerate(at)]
-    out += ["}"]
-    out += ["DEV void message_weights(float (&w)[2][NP], const float (&x)[2][D1], const float (&s)[SH], const float (&g)[2][OUT]) {"]
-    start = np.cumsum([0, *[2 * p.l3 + 1 for p in paths]]).tolist()
-    for k, p in enumerate(paths):
-        t = p.times("M", lambda b: f"g[c][{start[k] + b}]")
-        out += ["  {", "    " + p.matrix("M", "s"), "    EACH(c, 2) {"]
-        out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * ({v})" for a, v in t.items()) + ";", "    }", "  }"]
-    out += ["}", "DEV void dual_weights(float (&w)[2][NP], float (&wd)[2][NP], const float (&x)[2][D1], const float (&xd)[2][D1],"]
-    out += ["    const float (&s)[SH], const float (&sd)[SH], const float (&g)[2][OUT], const float (&h)[2][OUT]) {"]
-    for k, p in enumerate(paths):
-        b = p.times("M", lambda b: f"h[c][{start[k] + b}]")
-        d, e = p.times("M", lambda b: f"g[c][{start[k] + b}]"), p.times("N", lambda b: f"h[c][{start[k] + b}]")
-        out += ["  {", "    " + p.matrix("M", "s"), "    " + p.matrix("N", "sd"), "    EACH(c, 2) {"]
-        out += [f"      const float b{a} = {b[a]}, d{a} = {d[a]} + {e[a]};" for a in b]
-        out += [f"      w[c][{k}] = " + " + ".join(f"x[c][{a}] * d{a} + xd[c][{a}] * b{a}" for a in b) + ";"]
-        out += [f"      wd[c][{k}] = " + " + ".join(f"x[c][{a}] * b{a}" for a in b) + ";", "    }", "  }"]
-    return "\n".join([*out, "}"])
-
-
-def generate_store(paths):
-    out = ["DEV void store(float* y, const float (&a)[OUT], const float (&b)[OUT], int second) {"]
-    for p in paths:
-        for m in p.outputs():
-            at = p.y + m * p.stride
-            out += ["#if EVEN", f"  *(float2*)(y + {at}) = make_float2(a[{p.out + m}], b[{p.out + m}]);", "#else"]
-            out += [f"  y[{at}] = a[{p.out + m}]; if (second) y[{at + 1}] = b[{p.out + m}];", "#endif"]
-    return "\n".join([*out, "}"])
-
-
-def count_groups(mul):
-    return 4 if mul > 32 else 2 if mul > 16 else 1
-
-
-def source(muls, muls_out, paths, lmax, width, exact, norm):
-    """CUDA source of all kernels of one layer's shape, and the slabs that their grids run over.
+def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps=WARPS):
+    """CUDA source of all kernels of one layer's shape; its constants; and the table of coupling coefficients that they take.
 
     muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1,
-    2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64.
+    2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64; n_basis: inputs of the radial MLP; warps: of a
+    block, 4, 2 or 1.
     """
     l_out = len(muls_out) - 1
     mid, column, columns, channel = [0] * (l_out + 1), 0, [], []
@@ -900,54 +1351,84 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
         mid[l3] += muls[l1]
     y_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(mid)]]).tolist()
     x_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls)]]).tolist()
+    c = SimpleNamespace(x_dim=x_off[-1], y_dim=y_off[-1], w_dim=column, lmax=lmax, width=width, exact=exact, warps=warps)
+    c.basis = -(-n_basis // 16) * 16
     code = [
-        f"#define EXACT {int(exact)}\n#define K {width}\n#define SH {(lmax + 1) ** 2}\n#define XDIM {x_off[-1]}",
-        f"#define YDIM {y_off[-1]}\n#define LMAX_IN {len(muls) - 1}\n#define WDIM {column}\n#define EVEN {int(all(m % 2 == 0 for m in muls))}",
+        HARDWARE,
+        f"#define EXACT {int(exact)}\n#define K {width}\n#define LMAX {lmax}\n#define XDIM {c.x_dim}",
+        f"#define YDIM {c.y_dim}\n#define WDIM {column}\n#define EVEN {int(all(m % 2 == 0 for m in muls))}",
         PRELUDE,
-        ARGS,
     ]
-    cases = {k: [] for k in BOUNDS if k != "weights"}
-    weight_cases, slabs, units, slab = [], 0, 0, 0
-    slots = max(WARPS // count_groups(m) for m in muls)  # partial sums of weight_grad, a block
-    for l1 in reversed(range(len(muls))):  # long ones first
-        mine, offset = [], 0
-        for (l3, m, l2, cg), c in zip(paths, channel):
-            if m == l1:
-                mine.append(Coupling(len(mine), l1, l2, l3, cg, offset, y_off[l3] + c, mid[l3]))
-                offset += 2 * l3 + 1
-        at = [c for c, (_, m, _, _) in zip(columns, paths) if m == l1]
-        generators = generate_message, generate_tangent, generate_message_back, generate_dual_back, generate_store
-        octets = 2 if l1 == 0 and muls[l1] % 16 == 0 else 1  # a warp in `forward`: as the registers allow
-        fill = dict(OCTETS=octets, L=l1, D1=2 * l1 + 1, NP=len(mine), OUT=offset, MUL=muls[l1], XOFF=x_off[l1], WARPS=WARPS)
-        code.append(DEGREE.format(**fill, columns=", ".join(map(str, at)), functions="\n".join(g(mine) for g in generators)))
-        n = -(-muls[l1] // (8 * WARPS))
-        for k, lines in cases.items():
-            lines.append(f"  if (slab < {slabs + n}) return L{l1}::{k}(A, (slab - {slabs}) * {8 * WARPS}, smem);")
-        slabs += n
-        slab = max(slab, min(WARPS, -(-muls[l1] // 8)) * len(mine) * width * 8)
-        groups = count_groups(muls[l1])  # of 16 channels, that warps of a block divide
-        for G, first in enumerate(range(0, len(mine), 2)):
-            part = mine[first : first + 2]
-            out = sum(2 * p.l3 + 1 for p in part)
-            code.append(WEIGHTS.format(L=l1, G=G, NP=len(part), FIRST=first, OUT=out, functions=generate_weights(part), groups=groups, SLOTS=slots, WARPS=WARPS))
-            n = -(-muls[l1] // (16 * groups))
-            weight_cases.append((l1, G, units, n, 16 * groups))
-            units += n
-    for k, lines in cases.items():
-        bound = BOUNDS[k]
-        name = k.replace("<", "_").replace(">", "")
-        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}, {bound}) {name}(const Args A) {{')
-        code.append("  extern __shared__ __align__(16) Hidden smem[];\n  const int slab = blockIdx.y;")
-        code += [*lines, "}"]
-    for dual in "false", "true":
-        code.append(f'extern "C" __global__ void __launch_bounds__({32 * WARPS}, {BOUNDS["weights"]}) weight_grad_{dual}(const Args A) {{')
-        code.append("  extern __shared__ __align__(16) Rows rows[];\n  const int unit = blockIdx.y;")
-        for l1, G, start, n, channels in weight_cases:
-            code.append(f"  if (unit < {start + n}) return L{l1}::G{G}::weight_grad<{dual}>(A, (unit - {start}) * {channels}, rows);")
+    stored = 4 if exact else 2  # bytes of a matrix element
+    by_l1 = [[(p, *rest) for p, rest in enumerate(paths) if rest[1] == l1] for l1 in range(len(muls))]
+    chunks = [-(-len(ps) // max(-(-len(ps) * (2 * l1 + 1) // 24), -(-len(ps) // 4))) for l1, ps in enumerate(by_l1)]  # of paths, a warp in `forward`
+    edges = 16 * (8 * (lmax + 1) * stored + 16 + width * stored + 16)
+    c.slots = max(warps // count_groups(m, warps) for m in muls)  # partial sums of weight_grad, a block
+    table, c.kernels = [], {plain(name): [] for name in BOUNDS}
+
+    def kernel(name, l1, threads, shared, calls):
+        """calls: [(blocks along the grid's second dimension, what the i-th of them does)]"""
+        function, begin = f"{plain(name)}_{l1}", 0
+        code.append(f'extern "C" __global__ void __launch_bounds__({threads}, {BOUNDS[name][l1]}) {function}(const Args A) {{')
+        code.append("  extern __shared__ __align__(16) char memory[];\n  const int i = blockIdx.y;")
+        for n, call in calls:
+            code.append(f"  if (i < {begin + n}) return {call.replace('#', f'(i - {begin})')};")
+            begin += n
         code.append("}")
-    nodes, *dims = node_source(muls_out, norm)
-    code.append(nodes)
-    return "\n".join(code), slabs, units, slots, slab, dims
+        c.kernels[plain(name)].append(SimpleNamespace(function=function, threads=threads, shared=shared, slabs=begin))
+
+    for l1 in reversed(range(len(muls))):  # long ones first
+        ps, d, mul, step = by_l1[l1], 2 * l1 + 1, muls[l1], chunks[l1]
+        values = dict(
+            COLUMN=[columns[p] for p, *_ in ps],
+            L2=[l2 for _, _, _, l2, _ in ps],
+            D3=[2 * l3 + 1 for _, l3, _, _, _ in ps],
+            Y=[y_off[l3] + channel[p] for p, l3, *_ in ps],
+            STRIDE=[mid[l3] for _, l3, *_ in ps],
+        )
+        choose = lambda v: "".join(f"p == {i} ? {x} : " for i, x in enumerate(v[:-1])) + str(v[-1])
+        tables = "\n".join(f"DEV constexpr int {name}(int p) {{ return {choose(v)}; }}" for name, v in values.items())
+        groups = count_groups(mul, warps)
+        fill = dict(L=l1, D1=d, NP=len(ps), MUL=mul, XOFF=x_off[l1], CG=len(table), WARPS=warps, tables=tables)
+        fill |= dict(groups=groups, SLOTS=c.slots)
+        code.append(DEGREE.format(**fill))
+        for _, _, _, _, cg in ps:
+            for m in range(d):
+                table.append(np.pad(cg[m].T, [(0, 8 - cg.shape[2]), (0, 8 - cg.shape[1])]))  # (m3, m2)
+        threads = 32 * min(warps, -(-mul // 16))
+        for dual in "false", "true":
+            starts = [(s, min(step, len(ps) - s)) for s in range(0, len(ps), step)]
+            calls = [(-(-mul // (16 * warps)), f"L{l1}::forward<{dual}, {s}, {n}>(A, # * {warps}, memory)") for s, n in starts]
+            size = edges * (4 if dual == "true" else 2) + threads // 2 * width * step * stored
+            kernel(f"forward<{dual}>", l1, threads, size, calls)
+        for mode in range(3):
+            dual = 1 + (mode == 2)
+            size = edges * (2 if mode == 1 else 4) + warps * len(ps) * (8 * width + d * dual * 64) * stored
+            size += (warps * len(ps) + 1) * dual * 128 * stored if mode else 0
+            size += warps * ((lmax + 1) * 512 * (mode < 2) + 64) + 16
+            call = f"L{l1}::backward<{mode}>(A, # * {8 * warps}, memory)"
+            kernel(f"backward<{mode}>", l1, 32 * warps, size, [(-(-mul // (8 * warps)), call)])
+        size = warps * 2 * (edges + 64 + 16 * (64 * d + 16))
+        for dual in "false", "true":
+            starts = [(s, min(2, len(ps) - s)) for s in range(0, len(ps), 2)]
+            call = f"L{l1}::weight_grad<{dual}, %d, %d>(A, # * {16 * groups}, (L{l1}::Rows*)memory)"
+            kernel(f"weight_grad<{dual}>", l1, 32 * warps, size, [(-(-mul // (16 * groups)), call % start) for start in starts])
+    rows = lambda columns: columns * stored + 16  # bytes of one in shared memory
+    weights, basis = (c.basis + width) * width * stored, 32 * warps * rows(c.basis)
+    c.mlp = weights + basis, weights + basis + 6 * 16 * warps * rows(width) + 16
+    code += [f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", GEOMETRY, MLP]
+    nodes, c.v_dim, c.f_dim, c.n_weights = node_source(muls_out, norm)
+    return "\n".join([*code, nodes]), c, np.array(table, np.float32)
+
+
+def plain(kernel):
+    """ "forward<true>" -> "forward_true" """
+    return kernel.replace("<", "_").replace(">", "")
+
+
+def count_groups(mul, warps):
+    """Groups of 16 channels that the warps of a block divide among them in `weight_grad`"""
+    return min(warps, 4 if mul > 32 else 2 if mul > 16 else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -955,8 +1436,13 @@ def source(muls, muls_out, paths, lmax, width, exact, norm):
 
 
 class Args(ctypes.Structure):
-    POINTERS = "x xd sh shd rd w3 gy gyd hidden slope senders row_ptr out gx gsh gr gh gslope gw3".split()
+    POINTERS = "x xd rd w3 cg gy gyd sh shd hidden slope senders row_ptr out gx gsh gr gh gslope gw3".split()
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
+
+
+def fill(arguments, **values):
+    """A kernel's arguments, of integers and tensors; None: a null pointer."""
+    return arguments(**{k: v if isinstance(v, (int, float)) else v.data_ptr() for k, v in values.items() if v is not None})
 
 
 def check(status, what):
@@ -1004,8 +1490,14 @@ def compile_cuda(code, capability):
     return binary.raw
 
 
-class Elements(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "z grad out stored".split()] + [("n", ctypes.c_longlong)]
+class Geometry(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "vectors along gsh gr".split()]
+    _fields_ += [("cutoff", ctypes.c_double), ("p", ctypes.c_double)]
+    _fields_ += [(name, ctypes.c_void_p) for name in "g sh basis rd".split()] + [("n_edges", ctypes.c_int)]
+
+
+class Mlp(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "basis w1 w2 grad out gw1 gw2".split()] + [("n_edges", ctypes.c_int)]
 
 
 class Nodes(ctypes.Structure):
@@ -1015,111 +1507,123 @@ class Nodes(ctypes.Structure):
 class Kernels:
     """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
 
-    CONVOLUTIONS = "forward_false forward_true backward_0 backward_1 backward_2".split()
-    WEIGHT_GRADS = "weight_grad_false weight_grad_true".split()
-    OTHERS = "norm_gate_false norm_gate_true norm_gate_back_false norm_gate_back_true dual_silu dual_silu_back".split()
+    def __init__(self, muls, muls_out, paths, lmax, width, n_basis, exact, norm, device):
+        self.device, args = torch.device(device), (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
+        code, self.shape, table = source(*args)
+        limit, most = self.shared_memory(), lambda c: max(*c.mlp, *[k.shared for ks in c.kernels.values() for k in ks])
+        warps = max((w for w in (1, 2, 4) if most(source(*args, w)[1]) <= limit), default=1)
+        if warps < WARPS:
+            code, self.shape, table = source(*args, warps)
+        self.cg = torch.from_numpy(table).to(self.device)
+        components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
+        self.components = torch.tensor(components, device=self.device)  # where harmonics are among those as stored
+        self.compile(code)
 
-    def __init__(self, muls, muls_out, paths, lmax, width, exact, norm, device):
-        code, self.slabs, self.units, self.slots, slab, dims = source(muls, muls_out, paths, lmax, width, exact, norm)
-        self.v_dim, self.f_dim, self.n_weights = dims
-        self.x_dim = sum((2 * l + 1) * m for l, m in enumerate(muls))
-        self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _, _ in paths)
-        self.w_dim = sum(muls[l1] for _, l1, _, _ in paths)
-        self.sh_dim, self.width, self.exact = (lmax + 1) ** 2, width, exact
-        rows = 128 + 2 * 8 * ((4 * self.sh_dim + 31) // 16 * 16 + width * (4 if exact else 2) + 16 + 64 * (2 * len(muls) - 1) + 16)
-        self.shared = {name: slab * (5 if exact else 2) for name in self.CONVOLUTIONS}
-        self.shared |= {name: 2 * WARPS * rows for name in self.WEIGHT_GRADS}
-        self.device, self.cuda = device, ctypes.CDLL("libcuda.so.1")
-        self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
-        with torch.cuda.device(device):
+    def shared_memory(self):
+        """Bytes a block may have."""
+        return torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
+
+    def compile(self, code):
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self.n_sm = torch.cuda.get_device_properties(self.device).multi_processor_count
+        with torch.cuda.device(self.device):
             torch.cuda.synchronize()  # makes torch's context the current one
-            binary = compile_cuda(code, torch.cuda.get_device_capability(device))
+            binary = compile_cuda(code, torch.cuda.get_device_capability(self.device))
             module = ctypes.c_void_p()
             check(self.cuda.cuModuleLoadData(ctypes.byref(module), binary), "loading the kernels")
-        self.functions = {}
-        for name in [*self.shared, *self.OTHERS]:
+        self.functions, self.resident = {}, {}  # and how many blocks of it run at once
+        edges = {k.function: k for ks in self.shape.kernels.values() for k in ks}
+        for name, shared in zip(("radial_mlp", "radial_mlp_back"), self.shape.mlp):
+            edges[name] = SimpleNamespace(shared=shared, threads=32 * self.shape.warps)
+        for name in [*edges, *self.OTHERS]:
             f = self.functions[name] = ctypes.c_void_p()
             check(self.cuda.cuModuleGetFunction(ctypes.byref(f), module, name.encode()), name)
-            if name in self.shared:
-                check(self.cuda.cuFuncSetAttribute(f, 8, self.shared[name]), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+            if name in edges:
+                k = edges[name]
+                check(self.cuda.cuFuncSetAttribute(f, 8, k.shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+                blocks = ctypes.c_int()
+                occupancy = self.cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor
+                check(occupancy(ctypes.byref(blocks), f, k.threads, ctypes.c_size_t(k.shared)), name)
+                self.resident[name] = blocks.value * self.n_sm
 
-    def launch(self, name, grid, arguments, threads=32 * WARPS, **tensors):
-        args = arguments(**{k: v if isinstance(v, int) else v.data_ptr() for k, v in tensors.items() if v is not None})
+    OTHERS = "norm_gate_false norm_gate_true norm_gate_back_false norm_gate_back_true geometry geometry_back".split()
+
+    def launch(self, name, grid, args, threads, shared=0):
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        shared = self.shared.get(name, 0)
         with torch.cuda.device(self.device):  # whose context must be the current one
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None), name)
 
-    def grid(self, n_atoms, least, most):
-        """Atoms a block: many blocks for a multiprocessor, but few enough that loading w3 does not show."""
-        chunk = min(max(n_atoms * self.slabs // (16 * self.n_sm), least), most)
-        return chunk, (-(-n_atoms // chunk), self.slabs)
+    def launch_edges(self, name, x, senders, chunk, **tensors):
+        """A kernel for each degree of the input. As many blocks as run at once take chunks of atoms in turn."""
+        args = fill(Args, x=x, senders=senders, n_atoms=len(x), chunk=chunk, cg=self.cg, **tensors)
+        for k in self.shape.kernels[name]:
+            blocks = min(-(-len(x) // chunk), -(-self.resident[k.function] // k.slabs))
+            self.launch(k.function, (blocks, k.slabs), args, k.threads, k.shared)
 
-    def stored(self, hidden):
+    def chunk(self, x):
+        """Neighbouring atoms for a block: they share neighbours, but all multiprocessors should have some."""
+        return min(max(len(x) // (4 * self.n_sm), 1), CHUNK)
+
+    def stored(self, t):
         """As the kernels want it: float32, or float16, whose significand is TF32's."""
-        return hidden.contiguous() if self.exact else hidden.half()
+        return t.contiguous() if self.shape.exact else t.half()
+
+    def empty(self, *shape):
+        return torch.empty(shape, dtype=torch.float32 if self.shape.exact else torch.float16, device=self.device)
+
+    def harmonics(self, sh):
+        """(E, (lmax+1)^2) -> (E, 8 (lmax+1)), as stored"""
+        out = self.empty(len(sh), 8 * (self.shape.lmax + 1)).zero_()
+        return out.index_copy_(1, self.components, sh.to(out.dtype))
 
     def forward(self, name, out, x, sh, hidden, w3, senders, row_ptr, **tangents):
-        n = len(x)
-        if n:
-            chunk, grid = self.grid(n, 1, 16)
-            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
-            self.launch(name, grid, Args, **base, out=out, **tangents)
+        if len(senders) == 0:
+            return out.zero_()
+        self.launch_edges(name, x, senders, 1, sh=sh, hidden=hidden, w3=w3, row_ptr=row_ptr, out=out, **tangents)
         return out
 
     def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, **tensors):
         """Adds to the gradients given, what `mode` of the kernel says: gx, gsh, gr; gx, gsh, gh; gx, gh, gslope."""
-        n = len(x)
-        if n and len(senders):
-            chunk, grid = self.grid(n, 1, 8)
-            chunk, grid = WARPS * chunk, (-(-grid[0] // WARPS), grid[1])
-            base = dict(x=x, sh=sh, hidden=hidden, w3=w3, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
-            self.launch(f"backward_{mode}", grid, Args, **base, gy=gy, **tensors)
+        if len(senders):
+            self.launch_edges(f"backward_{mode}", x, senders, 1, sh=sh, hidden=hidden, w3=w3, row_ptr=row_ptr, gy=gy, **tensors)
 
     def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
-        n = len(x)
-        blocks = min(-(-6 * self.n_sm // self.units), max(n // WARPS, 1))
-        chunk = -(-n // (blocks * WARPS)) * WARPS
-        part = x.new_zeros(blocks * self.slots, self.width, self.w_dim)
-        if n and len(senders):
-            base = dict(x=x, sh=sh, hidden=hidden, senders=senders, row_ptr=row_ptr, n_atoms=n, chunk=chunk)
-            kind = "true" if tangents else "false"
-            self.launch(f"weight_grad_{kind}", (blocks, self.units), Args, **base, gy=gy, **tangents, gw3=part)
+        n, c, name = len(x), self.shape, f"weight_grad_{str(bool(tangents)).lower()}"
+        if len(senders) == 0:
+            return x.new_zeros(c.width, c.w_dim)
+        chunk = -(-self.chunk(x) // c.warps) * c.warps  # a whole number for each warp
+        blocks = max(min(-(-n // chunk), -(-self.resident[k.function] // k.slabs)) for k in c.kernels[name])
+        part = x.new_zeros(blocks * c.slots, c.width, c.w_dim)
+        self.launch_edges(name, x, senders, chunk, sh=sh, hidden=hidden, row_ptr=row_ptr, gy=gy, **tangents, gw3=part)
         return part.sum(0)
 
-    def dual_silu(self, z, last):
-        """z (2, E, K): values and tangents; the last layer's result is what the convolution reads."""
-        out = z.new_empty(z.shape, dtype=torch.float32 if self.exact or not last else torch.float16)
-        if z.numel():
-            self.launch("dual_silu", (16 * self.n_sm, 1), Elements, 256, z=z, n=z.numel() // 2, **{"stored" if last else "out": out})
-        return out
+    def geometry(self, name, vectors, **tensors):
+        if len(vectors):
+            args = fill(Geometry, vectors=vectors, n_edges=len(vectors), **tensors)
+            self.launch(name, (min(-(-len(vectors) // 128), 16 * self.n_sm), 1), args, 128)
 
-    def dual_silu_back(self, z, grad):
-        out = torch.empty_like(z)
-        if z.numel():
-            self.launch("dual_silu_back", (16 * self.n_sm, 1), Elements, 256, z=z, grad=grad, out=out, n=z.numel() // 2)
-        return out
+    def launch_mlp(self, name, basis, weights, **tensors):
+        c, n_edges = self.shape, basis.shape[1]
+        blocks = min(-(-n_edges // (16 * c.warps)), self.resident[name])
+        tensors = {k: t.new_empty(blocks, *t.shape) if k in ("gw1", "gw2") else t for k, t in tensors.items()}
+        args = fill(Mlp, basis=basis, w1=weights[0].contiguous(), w2=weights[1].contiguous(), n_edges=n_edges, **tensors)
+        self.launch(name, (blocks, 1), args, 32 * c.warps, c.mlp[name == "radial_mlp_back"])
+        return tensors
 
     def radial(self, basis, weights):
-        """Radial MLP with tangents: basis (2, E, B) -> hidden (2, E, K), and what its backward needs."""
-        z, a, saved = None, basis, []
-        for i, w in enumerate(weights):
-            z = (a.view(-1, a.shape[-1]) @ w).view(*a.shape[:-1], -1)
-            saved.append((a, z))
-            a = self.dual_silu(z, i == len(weights) - 1)
-        return a, saved
-
-    def radial_back(self, grad, weights, saved):
-        """-> gradients of the weights; grad (2, E, K)"""
-        out = []
-        for i in reversed(range(len(weights))):
-            a, z = saved[i]
-            gz = self.dual_silu_back(z, grad)
-            gz = gz.view(-1, gz.shape[-1])
-            out.insert(0, a.view(-1, a.shape[-1]).T @ gz)
-            grad = (gz @ weights[i].T).view(*a.shape) if i else None
+        """Radial MLP with tangents, weights [w1, w2]: basis (2, E, B) of `Edges` -> hidden (2, E, K), as stored."""
+        out = self.empty(*basis.shape[:2], self.shape.width)
+        if basis.numel():
+            self.launch_mlp("radial_mlp", basis, weights, out=out)
         return out
+
+    def radial_back(self, grad, basis, weights):
+        """-> gradients of the weights; grad (2, E, K), as `backward` leaves it"""
+        if not basis.numel():
+            return [torch.zeros_like(w) for w in weights]
+        out = self.launch_mlp("radial_mlp_back", basis, weights, grad=grad, gw1=weights[0], gw2=weights[1])
+        return out["gw1"].sum(0), out["gw2"].sum(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1139,32 +1643,67 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k, x, sh, hidden, w3, senders, row_ptr):
-        n_atoms, n_edges = len(row_ptr) - 1, len(senders)
-        shapes = (n_atoms, k.x_dim), (n_edges, k.sh_dim), (n_edges, k.width), (k.width, k.w_dim)
+        n_atoms, n_edges, c = len(row_ptr) - 1, len(senders), k.shape
+        shapes = (n_atoms, c.x_dim), (n_edges, (c.lmax + 1) ** 2), (n_edges, c.width), (c.width, c.w_dim)
         for t, shape, name in zip((x, sh, hidden, w3), shapes, ("x", "sh", "hidden", "w3")):
-            if t.shape != shape or t.dtype != torch.float32 or not t.is_cuda:
-                raise ValueError(f"{name} should be {shape} float32 on CUDA, not {tuple(t.shape)} {t.dtype} on {t.device}")
-        x, sh, w3, senders, row_ptr = (t.contiguous() for t in (x, sh, w3, senders, row_ptr))
-        ctx.k, hidden = k, k.stored(hidden)
+            if t.shape != shape or t.dtype != torch.float32 or t.device != k.device:
+                raise ValueError(f"{name} should be {shape} float32 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}")
+        x, w3, senders, row_ptr = (t.contiguous() for t in (x, w3, senders, row_ptr))
+        ctx.k, sh, hidden = k, k.harmonics(sh), k.stored(hidden)
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
-        return k.forward("forward_false", x.new_empty(len(x), k.y_dim), x, sh, hidden, w3, senders, row_ptr)
+        return k.forward("forward_false", x.new_empty(len(x), c.y_dim), x, sh, hidden, w3, senders, row_ptr)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
-        gx, gsh, gh, gy = torch.zeros_like(x), torch.zeros_like(sh), sh.new_zeros(hidden.shape), gy.contiguous()
+        gx, gsh, gh, gy = torch.zeros_like(x), x.new_zeros(sh.shape), x.new_zeros(hidden.shape), gy.contiguous()
         ctx.k.backward(1, x, sh, hidden, w3, senders, row_ptr, gy, gx=gx, gsh=gsh, gh=gh)
-        return None, gx, gsh, gh, ctx.k.weight_grad(x, sh, hidden, senders, row_ptr, gy), None, None
+        gw3 = ctx.k.weight_grad(x, sh, hidden, senders, row_ptr, gy)
+        gh = gh.view(len(gh), -1, 4, 2, 2).transpose(2, 3).reshape(gh.shape)  # see radial_back
+        return None, gx, gsh[:, ctx.k.components], gh, gw3, None, None
+
+
+class Edges(torch.autograd.Function):
+    """Harmonics (E, 8 (lmax+1)), radial basis and its derivative by r (2, E, B), as stored, of edge vectors (E, 3), A, float64;
+    and two tensors without content, by whose gradients `ForceConv` returns those by the harmonics and by r."""
+
+    @staticmethod
+    def forward(ctx, k, vectors, cutoff, p):
+        ctx.k, vectors = k, vectors.contiguous()
+        ctx.save_for_backward(vectors)
+        n, lmax = len(vectors), k.shape.lmax
+        sh, basis = k.empty(n, 8 * (lmax + 1)), k.empty(2, n, k.shape.basis)
+        k.geometry("geometry", vectors, sh=sh, basis=basis, cutoff=float(cutoff), p=float(p))
+        ctx.mark_non_differentiable(sh, basis)
+        nothing = vectors.new_zeros((), dtype=torch.float32)
+        return sh, basis, nothing.expand(sh.shape), nothing.expand(n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, __, gsh, gr):
+        (vectors,) = ctx.saved_tensors
+        g = torch.zeros_like(vectors)
+        ctx.k.geometry("geometry_back", vectors, gsh=gsh.contiguous(), gr=gr.contiguous(), g=g)
+        return None, g, None, None
+
+
+def edge_tangents(k, vectors, along):
+    """Derivatives of harmonics (E, 8 (lmax+1)), as stored, and of r (E,) along `along` (E, 3) float64."""
+    shd = k.empty(len(vectors), 8 * (k.shape.lmax + 1))
+    rd = vectors.new_empty(len(vectors), dtype=torch.float32)
+    k.geometry("geometry", vectors.contiguous(), along=along.contiguous(), sh=shd, rd=rd)
+    return shd, rd
 
 
 class ForceConv(torch.autograd.Function):
-    """The convolution as a function of x, sh and r, hidden[1] being d hidden[0] / dr. Writes to `out`, and returns it; its
-    gradient by x goes to `gx`."""
+    """The convolution as a function of x and of the edges' vectors, hidden[1] being d hidden[0] / dr. Writes to `out`, and
+    returns it; adds its gradients by harmonics and r to `gsh` and `gr`, and leaves that by x in `gx`. The first layer, whose
+    backward is the last, is given what `Edges` returned, and returns the sums."""
 
     @staticmethod
-    def forward(ctx, k, x, sh, r, hidden, w3, senders, row_ptr, out, gx):
-        ctx.k, ctx.gx = k, gx
+    def forward(ctx, k, x, by_sh, by_r, sh, hidden, w3, senders, row_ptr, out, gx, gsh, gr):
+        ctx.k, ctx.gx, ctx.gsh, ctx.gr, ctx.first = k, gx, gsh, gr, by_sh is not None
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
         return k.forward("forward_false", out, x, sh, hidden[0], w3, senders, row_ptr)
 
@@ -1173,9 +1712,9 @@ class ForceConv(torch.autograd.Function):
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
         gx = ctx.gx.zero_() if ctx.needs_input_grad[1] else None
-        gsh, gr = torch.zeros_like(sh), sh.new_zeros(len(sh))
-        ctx.k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, gy.contiguous(), slope=hidden[1], gx=gx, gsh=gsh, gr=gr)
-        return None, gx, gsh, gr, None, None, None, None, None, None
+        tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh, gr=ctx.gr)
+        ctx.k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, gy.contiguous(), **tensors)
+        return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 9
 
 
 class DualConv(torch.autograd.Function):
@@ -1183,10 +1722,10 @@ class DualConv(torch.autograd.Function):
     gradient by the tangent of x: it is that of ForceConv, the energy's derivative being what its tangent is linear in."""
 
     @staticmethod
-    def forward(ctx, k, geometry, hidden, saved, out, gx, x, w3, *inner):
+    def forward(ctx, k, geometry, basis, hidden, out, gx, x, w3, *inner):
         senders, row_ptr, sh, shd, rd = geometry
         n = len(x) // 2
-        ctx.k, ctx.geometry, ctx.saved, ctx.inner, ctx.gx = k, geometry, saved, inner, gx
+        ctx.k, ctx.geometry, ctx.basis, ctx.inner, ctx.gx = k, geometry, basis, inner, gx
         ctx.save_for_backward(x, w3, hidden)
         tangents = dict(xd=x[n:], shd=shd, slope=hidden[1], rd=rd)
         k.forward("forward_true", out[n:], x[:n], sh, hidden[0], w3, senders, row_ptr, **tangents)
@@ -1203,7 +1742,7 @@ class DualConv(torch.autograd.Function):
         tangents = dict(xd=x[n:], shd=shd, slope=hidden[1], rd=rd, gyd=gy[n:])
         k.backward(2, x[:n], sh, hidden[0], w3, senders, row_ptr, gy, **tangents, gx=gx, gh=gh, gslope=gh[1])
         gw3 = k.weight_grad(x[:n], sh, hidden[0], senders, row_ptr, gy, **tangents)
-        return None, None, None, None, None, None, gx, gw3, *k.radial_back(gh, ctx.inner, ctx.saved)
+        return None, None, None, None, None, None, gx, gw3, *k.radial_back(gh, ctx.basis, ctx.inner)
 
 
 def degree(x, muls, l):
@@ -1255,13 +1794,13 @@ class NormGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, dual, v, weights):
         n = len(v) // (1 + dual)
-        out = v.new_empty(len(v), k.f_dim)
+        out = v.new_empty(len(v), k.shape.f_dim)
         ctx.k, ctx.dual = k, dual
         ctx.save_for_backward(v, weights)
         if n:
             tangents = dict(vd=v[n:], outd=out[n:]) if dual else {}
             name = f"norm_gate_{str(dual).lower()}"
-            k.launch(name, (-(-n // WARPS), 1), Nodes, v=v, w=weights, out=out, n_atoms=n, **tangents)
+            k.launch(name, (-(-n // 4), 1), fill(Nodes, v=v, w=weights, out=out, n_atoms=n, **tangents), 128)
         return out
 
     @staticmethod
@@ -1270,8 +1809,8 @@ class NormGate(torch.autograd.Function):
         v, weights = ctx.saved_tensors
         k, dual, n, g = ctx.k, ctx.dual, len(v) // (1 + ctx.dual), g.contiguous()
         out, blocks = torch.empty_like(v), 8 * ctx.k.n_sm
-        gw = v.new_empty(blocks * WARPS, k.n_weights)
+        gw = v.new_empty(4 * blocks, k.shape.n_weights)
         tangents = dict(vd=v[n:], outd=out[n:], gd=g[n:]) if dual else {}
         name = f"norm_gate_back_{str(dual).lower()}"
-        k.launch(name, (blocks, 1), Nodes, v=v, w=weights, g=g, out=out, gw=gw, n_atoms=n, **tangents)
+        k.launch(name, (blocks, 1), fill(Nodes, v=v, w=weights, g=g, out=out, gw=gw, n_atoms=n, **tangents), 128)
         return None, None, out, gw.sum(0) if ctx.needs_input_grad[3] else None

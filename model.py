@@ -194,9 +194,9 @@ def oeq_conv(muls, lmax, l_out, dtype, device):
 
 
 @functools.lru_cache
-def fused_kernels(muls_in, muls_out, lmax, width, exact, norm, device):
+def fused_kernels(muls_in, muls_out, lmax, width, n_basis, exact, norm, device):
     ps = [(l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy()) for l3, l1, l2 in paths(len(muls_in) - 1, lmax, len(muls_out) - 1)]
-    return kernels.Kernels(muls_in, muls_out, ps, lmax, width, exact, norm, device)
+    return kernels.Kernels(muls_in, muls_out, ps, lmax, width, n_basis, exact, norm, device)
 
 
 @functools.lru_cache
@@ -267,19 +267,18 @@ class Layer(nn.Module):
         self.skip = nn.ParameterList(randn(i, o) for i, o in zip(muls_in, muls_out))
         self.norm = nn.ParameterList(nn.Parameter(torch.ones(m)) for m in muls_out) if config["norm"] else None
 
-    def fused(self, x, w3, conv, dual):
-        """The layer by the operations of kernels.py: flat features, and `conv`, a convolution with the radial MLP in it."""
+    def fused(self, x, conv, dual):
+        """The layer by the operations of kernels.py: flat features, and `conv`, a convolution with all but x in it."""
         own = lambda weights: [w if dual else w.detach() for w in weights]  # only the tangent pass has gradients by weights
-        h = kernels.Linear.apply(self.muls_in, [self.muls_in], x, *own(self.linear_1))
-        y = conv(h, w3 * self.avg_n_neighbors**-0.5)
+        y = conv(kernels.Linear.apply(self.muls_in, [self.muls_in], x, *own(self.linear_1)))
         v = kernels.Linear.apply(self.channels, [self.muls_mid, self.muls_in], y, x, *own([*self.linear_2, *self.skip]))
         weights = torch.cat(own(self.norm)) if self.norm is not None else v.new_ones(sum(self.channels))
         return kernels.NormGate.apply(self.kernels(), dual, v, weights)
 
     def kernels(self):
         exact = torch.get_float32_matmul_precision() == "highest"
-        w = self.radial[-1]
-        return fused_kernels(self.muls_in, self.muls_out, self.lmax, w.shape[0], exact, self.norm is not None, w.device)
+        width, n_basis, device = len(self.radial[-1]), len(self.radial[0]), self.radial[0].device
+        return fused_kernels(self.muls_in, self.muls_out, self.lmax, width, n_basis, exact, self.norm is not None, device)
 
     def forward(self, xs, sh, basis, senders, row_ptr, conv_kind):
         h, (*inner, w3) = basis, self.radial
@@ -374,40 +373,33 @@ class Nequix(nn.Module):
     def fused(self, numbers, vectors, senders, row_ptr, keep=False):
         """`forward` by fused kernels, differentiable once, and by the vectors alone; and, to keep, what `fused_tangent` goes
         on from."""
-        c = self.config
-        r = torch.linalg.vector_norm(vectors, dim=1)
-        sh = spherical_harmonics(vectors / r[:, None], c["lmax"]).float()
-        with torch.no_grad():
-            f = functools.partial(radial_basis, cutoff=c["cutoff"], n_basis=c["n_basis"], p=c["polynomial_p"])
-            basis = torch.stack(torch.func.jvp(f, (r.detach(),), (torch.ones_like(r),))).float()  # and d/dr: (2, E, 8)
-            first = one_hot(self.species[numbers], len(self.e0)).float()
-        x, r32, saved = first, r.float(), []
+        c, x = self.config, one_hot(self.species[numbers], len(self.e0)).float()
+        k = self.layers[0].kernels()
+        sh, basis, by_sh, by_r = kernels.Edges.apply(k, vectors, c["cutoff"], c["polynomial_p"])
+        gsh, gr = x.new_zeros(by_sh.shape), x.new_zeros(by_r.shape)
+        state = x, sh, basis, senders, row_ptr, []
         for layer in self.layers:
             k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
-            hidden, activations = k.radial(basis, inner)
+            hidden = k.radial(basis, inner)
             n, rows = len(x), len(x) * (1 + keep)  # those of `fused_tangent` hold values, then tangents
-            out, gx = x.new_empty(rows, k.y_dim), x.new_zeros(rows, k.x_dim)
+            out, gx = x.new_empty(rows, k.shape.y_dim), x.new_zeros(rows, k.shape.x_dim)
             if keep:
-                saved.append((hidden, activations, out, gx))
-            conv = lambda h, w3: kernels.ForceConv.apply(k, h, sh, r32, hidden, w3, senders, row_ptr, out[:n], gx[rows - n :])
-            x = layer.fused(x, w3, conv, False)
+                state[-1].append((hidden, out, gx))
+            edges = (by_sh, by_r) if layer is self.layers[0] else (None, None)
+            tensors = sh, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out[:n], gx[rows - n :], gsh, gr
+            x = layer.fused(x, lambda h: kernels.ForceConv.apply(k, h, *edges, *tensors), False)
         energy = x @ (self.readout[0] * len(self.readout[0]) ** -0.5)
-        return c["scale"] * energy.flatten().double() + c["shift"], (first, r.detach(), sh.detach(), senders, row_ptr, saved)
+        return c["scale"] * energy.flatten().double() + c["shift"], state
 
     def fused_tangent(self, vectors, vectors_d, state):
         """Energies of the atoms, and their derivative along vectors_d (E, 3), differentiable by the weights."""
-        first, r, sh, senders, row_ptr, saved = state
-        with torch.no_grad():
-            u = vectors / r[:, None]
-            rd = (u * vectors_d).sum(1)
-            ud = (vectors_d - u * rd[:, None]) / r[:, None]
-            shd = torch.func.jvp(lambda u: spherical_harmonics(u, self.config["lmax"]), (u,), (ud,))[1].float()
-        geometry = senders, row_ptr, sh, shd, rd.float()
+        first, sh, basis, senders, row_ptr, saved = state
+        geometry = senders, row_ptr, sh, *kernels.edge_tangents(self.layers[0].kernels(), vectors, vectors_d)
         x = torch.cat([first, torch.zeros_like(first)])
-        for layer, (hidden, activations, out, gx) in zip(self.layers, saved):
+        for layer, tensors in zip(self.layers, saved):
             k, (*inner, w3) = layer.kernels(), layer.radial
-            conv = lambda h, w3: kernels.DualConv.apply(k, geometry, hidden, activations, out, gx, h, w3, *inner)
-            x = layer.fused(x, w3, conv, True)
+            w3 = w3 * layer.avg_n_neighbors**-0.5
+            x = layer.fused(x, lambda h: kernels.DualConv.apply(k, geometry, basis, *tensors, h, w3, *inner), True)
         energy = self.config["scale"] * (x @ (self.readout[0] * len(self.readout[0]) ** -0.5)).flatten()
         return energy[: len(first)] + self.config["shift"], energy[len(first) :]
 

@@ -4,9 +4,12 @@ Without one, the generated algebra alone is checked, compiled as C++ for the CPU
 """
 
 import ctypes
+import functools
 import math
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,65 +34,204 @@ def distance(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-HOST = """
-#define DEV static
-#define EACH(i, n) for (int i = 0; i < (n); i++)
-#define SH 16
-#define SH4 4
-struct Pair { float v[2]; };
-static Pair load2(const float* p, int) { return {p[0], p[1]}; }
-const int D1 = %d, NP = %d, OUT = %d, OCTETS = 1;
-%s
-typedef float X[2][D1], S[SH], W[2][NP], O[2][OUT];
-extern "C" void run(float** p) {
-  X &x = *(X*)p[0], &xd = *(X*)p[1], &gx = *(X*)p[8], &gx2 = *(X*)p[11];
-  S &s = *(S*)p[2], &sd = *(S*)p[3], &gs = *(S*)p[9];
-  W &w = *(W*)p[4], &wd = *(W*)p[5], &gw = *(W*)p[10], &gw2 = *(W*)p[12], &gwd2 = *(W*)p[13], &gw3 = *(W*)p[14], &gwd3 = *(W*)p[15];
-  message(*(O*)p[16], x, s, w);
-  tangent(*(O*)p[17], x, xd, s, sd, w, wd);
-  EACH(c, 2) EACH(i, NP) { gw[c][i] = gw2[c][i] = w[c][i]; gwd2[c][i] = wd[c][i]; }
-  message_back(gx, gs, x, s, gw, p[6], 1);
-  dual_back(gx2, x, xd, s, sd, gw2, gwd2, p[6], p[7], 1);
-  O g, h;
-  load_gy(g, p[6], 1);
-  load_gy(h, p[7], 1);
-  dual_weights(gw3, gwd3, x, xd, s, sd, g, h);
+HOST = r"""
+// A GPU for the CPU, one block at a time: threads are coroutines, which go on in turn; what a warp does together waits for all.
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <functional>
+#include <vector>
+using std::max;
+using std::min;
+typedef long long i64;
+#define DEV static inline
+#define __global__
+#define __shared__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint4 { unsigned x, y, z, w; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Index { int x, y; };
+static Index threadIdx, blockIdx, blockDim, gridDim;
+alignas(16) char memory[1 << 18];
+
+static ucontext_t main_context, contexts[128];
+static bool done[128];
+static std::function<void()> body;
+static std::vector<std::function<void()>> copies[128];
+static void yield() {
+  const int me = threadIdx.x;
+  swapcontext(&contexts[me], &main_context);
+  threadIdx.x = me;
+}
+static void start() {
+  const int me = threadIdx.x;
+  body();
+  done[me] = true;
+  swapcontext(&contexts[me], &main_context);
+}
+static void run_block() {
+  static std::vector<char> stacks(128 << 17);
+  for (int i = 0; i < blockDim.x; i++) {
+    done[i] = false;
+    getcontext(&contexts[i]);
+    contexts[i].uc_stack.ss_sp = &stacks[i << 17];
+    contexts[i].uc_stack.ss_size = 1 << 17;
+    makecontext(&contexts[i], start, 0);
+  }
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (int i = 0; i < blockDim.x; i++)
+      if (!done[i]) {
+        busy = true;
+        threadIdx.x = i;
+        swapcontext(&main_context, &contexts[i]);
+      }
+  }
+}
+template <class T>
+static void launch(void (*kernel)(T), const T* args, int x, int y, int threads) {
+  gridDim = {x, y};
+  blockDim = {threads, 1};
+  body = [&] { kernel(*args); };
+  for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
+    for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) run_block();
+}
+
+struct Barrier { int arrived = 0, turn = 0; };
+static Barrier warps[4], block;
+static void wait(Barrier& b, int size) {
+  const int turn = b.turn;
+  if (++b.arrived == size) { b.arrived = 0; b.turn++; }
+  else while (b.turn == turn) yield();
+}
+static void __syncthreads() { wait(block, blockDim.x); }
+static void __syncwarp() { wait(warps[threadIdx.x / 32], 32); }
+// f of what each thread of the warp brings
+template <class T, class F>
+static auto together(const T& mine, F f) {
+  static T all[4][32];
+  const int warp = threadIdx.x / 32;
+  all[warp][threadIdx.x % 32] = mine;
+  __syncwarp();
+  auto result = f(all[warp]);
+  __syncwarp();
+  return result;
+}
+template <class T> static T __ldg(const T* p) { return *p; }
+static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static void atomicAdd(float* p, float x) { *p += x; }
+static void add2(float* p, float a, float b) { p[0] += a; p[1] += b; }
+static void add4(float* p, float a, float b, float c, float d) { p[0] += a; p[1] += b; p[2] += c; p[3] += d; }
+static float __shfl_xor_sync(unsigned, float x, int d) { return together(x, [&](float* v) { return v[threadIdx.x % 32 ^ d]; }); }
+static unsigned __reduce_max_sync(unsigned, unsigned x) { return together(x, [&](unsigned* v) { return *std::max_element(v, v + 32); }); }
+
+static unsigned half(float x) {
+  const unsigned sign = __float_as_uint(x) >> 16 & 0x8000;
+  x = fabsf(x);
+  const int e = x == 0 ? -14 : max(ilogbf(x), -14);
+  return sign | (e > 15 ? 0x7c00 : (unsigned)((e + 14) << 10) + (unsigned)nearbyintf(ldexpf(x, 10 - e)));
+}
+static float full(unsigned h) {
+  const int e = h >> 10 & 31, m = h & 1023;
+  const float x = e == 31 ? INFINITY : ldexpf(e ? m + 1024 : m, (e ? e : 1) - 25);
+  return h & 0x8000 ? -x : x;
+}
+static unsigned half2(float a, float b) { return half(a) | half(b) << 16; }
+static float pick(unsigned h, int second) { return full(second ? h >> 16 : h & 0xffff); }
+static float tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
+
+struct Product { float d[4]; };
+template <class T, class A, class B>
+static void multiply(float (&d)[4], const T& mine, int depth, A a, B b) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const Product p = together(mine, [&](const T* v) {
+    Product p = {d[0], d[1], d[2], d[3]};
+    for (int i = 0; i < 4; i++)
+      for (int k = 0; k < depth; k++) p.d[i] += a(v, g + i / 2 * 8, k) * b(v, k, 2 * q + i % 2);
+    return p;
+  });
+  for (int i = 0; i < 4; i++) d[i] = p.d[i];
+}
+struct Tf32 { float a[4], b[2]; };
+static void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  multiply(d, Tf32{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, 8,
+      [](const Tf32* v, int r, int k) { return v[r % 8 * 4 + k % 4].a[r / 8 + k / 4 * 2]; },
+      [](const Tf32* v, int k, int n) { return v[n * 4 + k % 4].b[k / 4]; });
+}
+struct Half { unsigned a[4], b[2]; };
+static void multiply_half(float (&d)[4], const Half& mine, int depth) {
+  multiply(d, mine, depth,
+      [](const Half* v, int r, int k) { return pick(v[r % 8 * 4 + k % 8 / 2].a[r / 8 + k / 8 * 2], k % 2); },
+      [](const Half* v, int k, int n) { return pick(v[n * 4 + k % 8 / 2].b[k / 8], k % 2); });
+}
+static void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) { multiply_half(d, {{a0, a1}, {b0}}, 8); }
+static void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  multiply_half(d, {{a0, a1, a2, a3}, {b0, b1}}, 16);
+}
+struct Matrices { unsigned r[4]; };
+static void load_matrices(unsigned (&r)[4], const void* row) {
+  const int lane = threadIdx.x % 32;
+  const Matrices m = together((const unsigned short*)row, [&](const unsigned short** v) {
+    Matrices m;
+    for (int i = 0; i < 4; i++) memcpy(&m.r[i], v[8 * i + lane / 4] + lane % 4 * 2, 4);
+    return m;
+  });
+  memcpy(r, m.r, 16);
+}
+static void load_matrices_transposed(unsigned (&r)[4], const void* row) {
+  const int lane = threadIdx.x % 32;
+  const Matrices m = together((const unsigned short*)row, [&](const unsigned short** v) {
+    Matrices m;
+    for (int i = 0; i < 4; i++) m.r[i] = v[8 * i + lane % 4 * 2][lane / 4] | v[8 * i + lane % 4 * 2 + 1][lane / 4] << 16;
+    return m;
+  });
+  memcpy(r, m.r, 16);
+}
+template <int BYTES>
+static void copy_async(void* to, const void* from) { copies[threadIdx.x].push_back([=] { memcpy(to, from, BYTES); }); }
+static void wait_for_copies() {
+  for (auto& copy : copies[threadIdx.x]) copy();
+  copies[threadIdx.x].clear();
+  __syncwarp();
 }
 """
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("l1", [0, 1, 2, 3])
-def test_generated_algebra(l1, tmp_path):
-    """Two channels of one edge: message, tangent and all their gradients, against autograd in float64."""
-    paths = [(l3, l2, nequix.clebsch_gordan(l1, l2, l3)) for l3, a, l2 in nequix.paths(3, 3, 3) if a == l1]
-    sizes = [2 * l3 + 1 for l3, _, _ in paths]
-    starts = np.cumsum([0, *sizes]).tolist()
-    couplings = [kernels.Coupling(i, l1, l2, l3, cg.numpy(), o, 2 * o, 2) for i, ((l3, l2, cg), o) in enumerate(zip(paths, starts))]
-    names = "message tangent message_back dual_back weights".split()
-    functions = "\n".join(getattr(kernels, f"generate_{n}")(couplings) for n in names)
-    d, n, out = 2 * l1 + 1, len(paths), starts[-1]
-    (tmp_path / "host.cpp").write_text(HOST % (d, n, out, functions))
-    subprocess.run(["g++", "-O1", "-shared", "-fPIC", "-o", tmp_path / "host.so", tmp_path / "host.cpp"], check=True)
+class OnCPU(kernels.Kernels):
+    """The kernels' own source, compiled for the CPU."""
 
-    torch.manual_seed(l1)
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float32)
-    inputs = [randn(2, d), randn(2, d), randn(16), randn(16), randn(2, n), randn(2, n), randn(out, 2), randn(out, 2)]
-    results = [torch.zeros(s) for s in [(2, d), (16,), (2, n), (2, d), *[(2, n)] * 4, (2, out), (2, out)]]
-    tensors = inputs + results
-    pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-    ctypes.CDLL(str(tmp_path / "host.so")).run(pointers)
+    n_sm = 1
 
-    x, xd, s, sd, w, wd, g, h = (t.double().requires_grad_() for t in inputs)
-    message = lambda x, s, w: torch.cat(
-        [torch.einsum("c,ci,ijk,j->ck", w[:, i], x, cg, s[l2 * l2 : (l2 + 1) ** 2]) for i, (_, l2, cg) in enumerate(paths)], 1
-    )
-    y, yd = message(x, s, w), message(xd, s, w) + message(x, sd, w) + message(x, s, wd)
-    first = torch.autograd.grad((y * g.T).sum(), (x, s, w), retain_graph=True)
-    both = torch.autograd.grad((y * g.T).sum() + (yd * h.T).sum(), (x, w, wd))
-    gx, gs, gw, gx2, gw2, gwd2, gw3, gwd3, out, out_d = results
-    for a, b in zip((out, out_d, gx, gs, gw, gx2, gw2, gwd2, gw3, gwd3), (y, yd, *first, *both, *both[1:])):
-        assert distance(a, b) < 1e-6
+    def shared_memory(self):
+        return 1 << 18
+
+    def compile(self, code):
+        launches = "\n".join(
+            f'extern "C" void launch_{t}(void (*f)(const {t}), const {t}* a, int x, int y, int n) {{ launch<{t}>(f, a, x, y, n); }}'
+            for t in ("Args", "Geometry", "Mlp", "Nodes")
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "kernels.cpp"
+            file.write_text(HOST + code.removeprefix(kernels.HARDWARE) + launches)
+            subprocess.run(["g++", "-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-o", f"{file}.so", file], check=True)
+            self.library = ctypes.CDLL(f"{file}.so")
+        self.resident = {k.function: 2 for ks in self.shape.kernels.values() for k in ks} | dict(radial_mlp=2, radial_mlp_back=2)
+
+    def launch(self, name, grid, args, threads, shared=0):
+        run = getattr(self.library, f"launch_{type(args).__name__}")
+        run(getattr(self.library, name), ctypes.byref(args), *grid, threads)
+
+
+def fused_on_cpu(muls_in, muls_out, *rest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "Kernels", OnCPU)
+        return fused_kernels.__wrapped__(muls_in, muls_out, *rest)
 
 
 def test_convolution_refuses_other_tensors():
@@ -177,90 +319,12 @@ def structures():
     return out
 
 
-class Reference(kernels.Kernels):
-    """What the CUDA kernels compute, by plain torch on the CPU: for the step that is built of them."""
-
-    n_sm = exact = 1
-
-    def __init__(self, muls, muls_out, lmax, width, exact, norm, device):
-        self.muls, self.muls_out, self.norm, self.width = muls, muls_out, norm, width
-        self.channels = [muls_out[0] + sum(muls_out[1:]), *muls_out[1:]]
-        self.f_dim, self.n_weights = sum((2 * l + 1) * m for l, m in enumerate(muls_out)), sum(self.channels)
-        ps = nequix.paths(len(muls) - 1, lmax, len(muls_out) - 1)
-        self.x_dim = sum((2 * l + 1) * m for l, m in enumerate(muls))
-        self.y_dim = sum((2 * l3 + 1) * muls[l1] for l3, l1, _ in ps)
-        self.conv = torch_conv(muls, lmax, len(muls_out) - 1, torch.float32, "cpu")
-
-    def both(self, x, sh, hidden, w3, senders, row_ptr, xd, shd, slope, rd, **_):
-        conv = lambda x, s, h: self.conv(x, s, h, w3, senders, row_ptr)
-        return conv(x, sh, hidden), conv(xd, sh, hidden) + conv(x, shd, hidden) + conv(x, sh, slope * rd[:, None])
-
-    def forward(self, name, out, *edges, **tangents):
-        return out.copy_(self.both(*edges, **tangents)[1] if tangents else self.conv(*edges))
-
-    def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, gx=None, **t):
-        leaves = [v.detach().requires_grad_() for v in (x, sh, hidden, t["slope"])]
-        with torch.enable_grad():
-            if mode == 0:
-                ga, gs, gh = torch.autograd.grad(self.conv(*leaves[:3], w3, senders, row_ptr), leaves[:3], gy)
-                t["gsh"].add_(gs)
-                t["gr"].add_((gh * t["slope"]).sum(1))
-            else:
-                y, yd = self.both(*leaves[:3], w3, senders, row_ptr, **{**t, "slope": leaves[3]})
-                ga, gh, gslope = torch.autograd.grad((y * gy[: len(x)]).sum() + (yd * t["gyd"]).sum(), [leaves[0], *leaves[2:]])
-                t["gh"][0].add_(gh)
-                t["gslope"].add_(gslope)
-        if gx is not None:
-            gx[: len(x)].add_(ga)
-
-    def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, gyd, **tangents):
-        columns = sum(self.muls[l1] for _, l1, _ in nequix.paths(len(self.muls) - 1, math.isqrt(sh.shape[1]) - 1, len(self.muls_out) - 1))
-        with torch.enable_grad():
-            w3 = torch.zeros(self.width, columns, requires_grad=True)
-            y, yd = self.both(x, sh, hidden, w3, senders, row_ptr, **tangents)
-            return torch.autograd.grad((y * gy[: len(x)]).sum() + (yd * gyd).sum(), w3)[0]
-
-    def dual_silu(self, z, last):
-        return torch.stack(torch.func.jvp(torch.nn.functional.silu, (z[0],), (z[1],)))
-
-    def dual_silu_back(self, z, grad):
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            return torch.autograd.grad(self.dual_silu(z, False), z, grad)[0]
-
-    def launch(self, name, grid, arguments, *_, v, w, out, n_atoms, vd=None, outd=None, g=None, gd=None, gw=None):
-        def norm_gate(v, w):
-            xs = [x.view(n_atoms, 2 * l + 1, -1) for l, x in enumerate(nequix.split_degrees(v, self.channels))]
-            xs = nequix.rms_norm(xs, w.split(self.channels)) if self.norm else xs
-            return torch.cat([x.flatten(1) for x in nequix.gate(xs, self.muls_out[0])], 1)
-
-        def dual(v, vd, w):
-            return torch.stack(torch.func.jvp(lambda v: norm_gate(v, w), (v,), (vd,)))
-
-        v = v[:n_atoms]
-        if g is None:
-            out[:n_atoms] = norm_gate(v, w)
-            if vd is not None:
-                outd.copy_(dual(v, vd, w)[1])
-            return
-        with torch.enable_grad():
-            v, w = v.detach().requires_grad_(), w.detach().requires_grad_()
-            gw.zero_()
-            if vd is None:
-                grads = torch.autograd.grad(norm_gate(v, w), (v, w), g[:n_atoms], allow_unused=True)
-                out[:n_atoms], gw[0] = grads[0], grads[1] if self.norm else 0
-            else:
-                vd = vd.detach().requires_grad_()
-                grads = torch.autograd.grad(dual(v, vd, w), (v, vd, w), torch.stack([g[:n_atoms], gd]), allow_unused=True)
-                out[:n_atoms], outd[:], gw[0] = grads[0], grads[1], grads[2] if self.norm else 0
-
-
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_step_without_double_backward(norm, monkeypatch):
     """The gradient of the loss by tangents against autograd's double backward; plain torch stands in for the kernels."""
     model, batch = random_model(norm, "12x0e+6x1o+4x2e").to("cpu"), batch_on("cpu", structures())
     reference = gradients(model, batch, "torch", torch.float64)
-    monkeypatch.setattr(nequix, "fused_kernels", Reference)
+    monkeypatch.setattr(nequix, "fused_kernels", functools.lru_cache(fused_on_cpu))
     monkeypatch.setattr(nequix, "choose_conv", lambda kind, *_: kind)
     loss, efs, grads = gradients(model, batch, "fused", torch.float32)
     assert abs(loss / reference[0] - 1) < 1e-5

@@ -157,8 +157,16 @@ def loss_and_gradient(model, batch, weights, counts):
     energy, g = energy.detach().requires_grad_(), g.requires_grad_()
     loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
     by_energy, direction = torch.autograd.grad(loss, (energy, g))
-    energy, derivative = model.fused_tangent(batch.vectors, direction, state)
-    (by_energy @ energy.double() + derivative.sum()).backward(inputs=list(model.parameters()))
+    # In units of the direction's largest component: the tangents are then of an order that suits float16.
+    largest = torch.cat([direction.abs().flatten(), direction.new_tensor([1e-30])]).max()
+    unit = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two: nothing is rounded
+    energy, derivative = model.fused_tangent(batch.vectors, direction / unit, state)
+    params = list(model.parameters())
+    grads = torch.autograd.grad((by_energy / unit) @ energy.double() + derivative.sum(), params)
+    torch._foreach_mul_(grads, unit.float())
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    torch._foreach_add_([p.grad for p in params], grads)
     return loss.detach()
 
 
