@@ -1,8 +1,9 @@
-"""Time the calculator, relaxations, and the energy drift of molecular dynamics.
+"""Time the calculator, relaxations, training steps, and the energy drift of molecular dynamics.
 
     python bench_speed.py --weights nequix-mp-1                                # ms an ASE step, silicon and diamond
     python bench_speed.py --weights nequix-mp-1 --relax wbm.extxyz --n 2000    # structures/s against ASE one by one
     python bench_speed.py --weights nequix-mp-1 --nve                          # meV/atom/ps, float32 and float64
+    python bench_speed.py --train data/random1k --tf32 --batches 64 256 1024   # structures/s and memory of training
 
 An ASE step is what molecular dynamics pays: new positions, neighbour list, energy, forces and stress, back in numpy.
 """
@@ -22,11 +23,15 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
 from calc import NequixCalculator
+from data import TRAIN, PackedSet, prefetch
+from model import Nequix
+from muon import Muon
+from train import label_counts, loss_and_gradient
 
 
-def clock(calc):
-    if calc.device.type == "cuda":
-        torch.cuda.synchronize(calc.device)
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -56,13 +61,13 @@ def ase_steps(calc, sizes, steps):
         md.run(10)  # kernels are built
         times, lists, made = [], 0, calc.listed
         for _ in range(steps):
-            start = clock(calc)
+            start = clock(calc.device)
             md.run(1)
-            times.append(clock(calc) - start)
+            times.append(clock(calc.device) - start)
             lists, made = lists + (calc.listed is not made), calc.listed
         parts = []
         for part in ("rebuild", "batch", "model"):
-            start = clock(calc)
+            start = clock(calc.device)
             for _ in range(10):
                 if part == "rebuild":
                     calc.listed = None
@@ -70,7 +75,7 @@ def ase_steps(calc, sizes, steps):
                     batch = calc.batch(atoms)
                 else:
                     calc.evaluate(batch, again=True)
-            parts.append((clock(calc) - start) * 100)
+            parts.append((clock(calc.device) - start) * 100)
         memory = torch.cuda.max_memory_allocated(calc.device) / 2**30 if calc.device.type == "cuda" else 0
         parts = [1000 * np.mean(times), 1000 * np.median(times), lists, *parts, memory]
         print(f"{symbol:9}{len(atoms):12}{len(calc.listed[0].senders):12}" + "".join(f"{p:12.3f}" for p in parts))
@@ -81,10 +86,10 @@ def relaxations(calc, path, n, fmax, steps, n_ase):
     structures = list(itertools.islice(ase.io.iread(path, ":"), n))
     for _ in calc.relax(structures[:8], fmax, 3):  # kernels are built, the memory is measured
         pass
-    start, results = clock(calc), {}
+    start, results = clock(calc.device), {}
     for i, atoms, energy, converged, taken, error in calc.relax(structures, fmax, steps):
         results[i] = energy, converged, taken, error
-    seconds = clock(calc) - start
+    seconds = clock(calc.device) - start
     converged, failed = sum(r[1] for r in results.values()), sum(r[3] is not None for r in results.values())
     taken = sum(r[2] for r in results.values())
     size = sum(map(len, structures)) / len(structures)
@@ -93,14 +98,14 @@ def relaxations(calc, path, n, fmax, steps, n_ase):
     print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
 
     picks = np.unique(np.linspace(0, len(structures) - 1, n_ase).astype(int))
-    start, apart, same = clock(calc), [], 0
+    start, apart, same = clock(calc.device), [], 0
     for i in picks:
         atoms = structures[i].copy()
         atoms.calc = calc
         done = FIRE(FrechetCellFilter(atoms), logfile=None).run(fmax, steps)
         apart.append(1000 * abs(atoms.get_potential_energy() - results[i][0]) / len(atoms))
         same += done == results[i][1]
-    one_by_one = (clock(calc) - start) / len(picks)
+    one_by_one = (clock(calc.device) - start) / len(picks)
     faster = one_by_one * len(structures) / seconds
     print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
     print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
@@ -123,6 +128,45 @@ def nve(weights, device, conv, sizes, picoseconds):
         )
 
 
+def training(path, device, conv, batches, steps):
+    """Steps as train.py takes them, each batch in one piece: neighbour list, loss, gradient, Muon, averaged weights."""
+    packed = PackedSet(path, Nequix.DEFAULTS["cutoff"], device)
+    frames, rng = packed.indices(TRAIN), np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = Nequix(packed.meta["statistics"], conv).to(device)
+    params = list(model.parameters())
+    averaged, optimizer = [p.detach().clone() for p in params], Muon(params, lr=0.01)
+    edges = packed.n_edges[frames].mean()
+    print(f"{len(frames)} frames, {packed.n_atoms[frames].mean():.1f} atoms and {edges:.0f} edges on average; intervals of {steps} steps")
+    print(f"{'batch':>8}{'ms/step':>30}{'structures/s':>30}{'memory_GiB':>12}")
+    for size in batches:
+        counts = [label_counts(packed, frames)[i] * size / len(frames) for i in range(3)]
+
+        def run(n):
+            pieces = [np.resize(rng.permutation(frames), size) for _ in range(n)]
+            for batch in prefetch(packed, pieces):
+                optimizer.zero_grad(set_to_none=False)
+                loss_and_gradient(model, batch, (20.0, 20.0, 5.0), counts)
+                optimizer.step()
+                torch._foreach_lerp_(averaged, [p.data for p in params], 0.001)
+
+        try:
+            run(3)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times = []
+            for _ in range(3):
+                start = clock(device)
+                run(steps)
+                times.append((clock(device) - start) / steps)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{size:8} does not fit")
+            return
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
+        ms, rate = " ".join(f"{1000 * t:.2f}" for t in times), " ".join(f"{size / t:.0f}" for t in times)
+        print(f"{size:8}{ms:>30}{rate:>30}{memory:12.2f}", flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
@@ -133,6 +177,9 @@ def main():
     p.add_argument("--n-ase", type=int, default=20, help="with --relax: so many with ASE too (default: 20)")
     p.add_argument("--fmax", type=float, default=0.02, help="eV/A (default: 0.02)")
     p.add_argument("--max-steps", type=int, default=500, help="with --relax (default: 500)")
+    p.add_argument("--train", metavar="DATA", help="time training steps on this packed set instead")
+    p.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256], help="with --train (default: 64 128 256)")
+    p.add_argument("--tf32", action="store_true", help="with --train: TF32 matrix products")
     p.add_argument("--nve", action="store_true", help="print the drift of the energy in NVE instead")
     p.add_argument("--ps", type=float, default=1.0, help="with --nve: so long (default: 1 ps)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
@@ -140,6 +187,13 @@ def main():
     p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
     a = p.parse_args()
     try:
+        if a.train:
+            device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if a.tf32:
+                torch.set_float32_matmul_precision("high")
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+            print(f"{name}, torch {torch.__version__}, {a.train}, {'TF32' if a.tf32 else 'float32'}, conv {a.conv}")
+            return training(a.train, device, a.conv, a.batches, min(a.steps, 20))
         calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
         name = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "CPU"
         print(f"{name}, torch {torch.__version__}, {a.weights}, {a.dtype}, conv {a.conv}")

@@ -1,27 +1,35 @@
 """The convolution of NequIP-class networks as fused CUDA kernels, compiled at run time by the NVRTC that comes with torch.
 
-    out[i] = sum over edges e with receiver i of  (hidden_e w3) * CG(x[sender_e], sh_e)
+    out[i] = sum over edges e with receiver i of  (hidden_e w3) * CG(x[sender_e], Y_e)
 
-What it is. For a path (l1, l2 -> l3) and a channel u the message of an edge is bilinear in the sender's features and the
-harmonics, times one weight W_u = sum_k hidden_k w3_ku. With the (2l1+1, 2l3+1) matrix of the edge
+What it is. A path (l1, l2 -> l3) couples the sender's features x[u, m1] (channel u) with the edge's harmonics Y[m2], by
+coefficients C that are the same for all edges, and weighs the result by W_u = sum_k hidden_k w3_ku. So C can be taken out
+of the sum over the edges of a node, and what remains are products of small matrices, which the tensor cores do:
 
-    M = sum over m2 of CG[:, m2, :] sh[m2]                (the same for all channels)
+    Z[u, m1, m2] = sum_e (W_u x[u, m1])_e Y_e[m2]          out[u, m3] = sum_{m1, m2} C[m1, m2, m3] Z[u, m1, m2]
 
-it is  W_u x_u^T M,  and everything else follows from  f = W x^T M g  (g: gradient at the output):
+Backward, g being the gradient at the node's output:
 
-    df/dx = W M g        df/dW = x^T M g        df/dM = W x g^T
+    G[u, m1, m2] = sum_m3 C[m1, m2, m3] g[u, m3]           T_e[u, m1] = sum_m2 G[u, m1, m2] Y_e[m2]
+    by x:  W T        by W:  sum_m1 x T        by Y:  sum_{u, m1} W x G
 
-The per-edge weights are never in memory: a warp takes 16 edges and 8 channels, forms their W for all paths on the tensor
-cores (hidden from L1, w3 in shared memory), and the result's layout is the work plan: a thread holds W for edges g, g+8
-and channels 2q, 2q+1 (g = lane / 4, q = lane % 4) and does the algebra above in registers, unrolled by the generator
-below. Edges are sorted by receiver: sums over the edges of a node stay in registers until the node is done.
+Take (1, 1 -> 2) and one channel: Z is the 3 x 3 sum of W x Y^T over the node's edges, and the 5 outputs are the inner products
+of Z with the five 3 x 3 matrices C[:, :, m3], which are symmetric and have no trace.
 
-Training on forces needs no double backward. With tangents (xd, shd, hiddend) along a displacement of the atoms, the
-tangent of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
+The weights W of an edge are never in memory: a warp forms those of 16 edges and 8 (or 16) channels on the tensor cores, from
+hidden and w3 in shared memory, and the layout of that result is the work plan: a thread has the weights, features and
+gradients of the edges and channels that the matrix product gave it. Edges are sorted by receiver: a block takes one node
+at a time, its 16 edges at a time, and fetches the next 16 meanwhile.
 
-Kernels: `forward`, `tangent`, `backward` (of forward, or of both), `weight_grad`. Modes: exact=True splits operands into
-three TF32 products (float32 accuracy); exact=False is TF32, with hidden and w3 in float16: the same significand, but
-values beyond 65504 overflow.
+Training on forces needs no double backward. With tangents (xd, Yd, hiddend) along a displacement of the atoms, the tangent
+of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
+
+Kernels: `forward` (of values or tangents), `backward` (of values, or of both), `weight_grad`, of each degree l1 of x;
+`radial_mlp`, `norm_gate` and `geometry` do what stands between the convolutions.
+
+Modes. exact=False takes float16 for the operands of matrix products: its significand is TF32's. exact=True takes pairs of
+them, 22 bits, and three products: float32 accuracy. Gradients are brought to about 1 before, so that their size does not
+matter; but features and weights beyond 65504 overflow, and below 1e-4 they lose digits.
 """
 
 import contextlib
@@ -48,8 +56,7 @@ BOUNDS = {
 # 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
 # weights need this constant: the one e3nn samples for torch differs from it in the third digit.
 SILU_NORM = 1.6765620560798837
-CHUNK = 4  # neighbouring atoms that a block takes together
-WARPS = 4  # a block; they share one slab of w3: 32 channels of one input degree, all its paths
+WARPS = 4  # of a block at most
 
 # What the kernels ask of the GPU, in PTX. test_kernels.py has the same in C++, and so runs all else on a CPU.
 HARDWARE = r"""
@@ -58,6 +65,8 @@ typedef long long i64;
 
 // Two floats as float16, the first in the low half
 DEV unsigned half2(float a, float b) { unsigned h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a)); return h; }
+DEV float first(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(h)); return x; }
+DEV float second(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(h)); return x; }
 // Rounded to TF32, whose 10 explicit bits are also those of float16
 DEV float tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
 
@@ -121,19 +130,20 @@ PRELUDE = r"""
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 const int HARMONICS = 8 * (LMAX + 1);  // of an edge: 8 for each degree, the last ones zero
 
-// Operands of products of 8 x 8 matrices. EXACT: float32, each product by three of TF32. Else float16. `A8`: 16 rows, a
-// thread has columns 2q, 2q+1 of rows g and g+8; `B8`: rows 2q, 2q+1 of column g. So an accumulator is the next operand.
-#if EXACT
-typedef float Stored;
-struct A8 { float v[4]; };
-struct B8 { float v[2]; };
-DEV Stored stored(float x) { return x; }
-#else
+// Operands of products of 8 x 8 matrices, in float16. `A8`: 16 rows, a thread has columns 2q, 2q+1 of rows g and g+8; `B8`:
+// rows 2q, 2q+1 of column g. So an accumulator is the next operand. EXACT: two float16 a number, the second what the first
+// one leaves, 22 bits together; stored one after the other, a row or a matrix each.
 typedef unsigned short Stored;
+#if EXACT
+struct A8 { unsigned v[2], low[2]; };
+struct B8 { unsigned v, low; };
+#else
 struct A8 { unsigned v[2]; };
 struct B8 { unsigned v; };
-DEV Stored stored(float x) { return (Stored)half2(x, 0); }
 #endif
+const int TILE = EXACT ? 128 : 64, PLANE = K / 8 * TILE;  // of a matrix; of K/8 in a row
+const int SH_SIZE = HARMONICS * (1 + EXACT), HIDDEN_SIZE = K * (1 + EXACT);  // of a row
+DEV unsigned rest(unsigned h, float a, float b) { return half2(a - first(h), b - second(h)); }
 
 // float32, by a high and a low part of each operand; the sum is rounded as float32 sums are. Columns of a are 2q, 2q+1.
 DEV void product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
@@ -159,73 +169,86 @@ DEV void couple(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #endif
 }
 
+DEV void mma8(float (&d)[4], const A8& a, const B8& b) {
 #if EXACT
-DEV void mma8(float (&d)[4], const A8& a, const B8& b) { product(d, a.v, b.v); }
-DEV void mma16(float (&d)[4], const A8& a, const A8& a1, const B8& b, const B8& b1) { product(d, a.v, b.v); product(d, a1.v, b1.v); }
-DEV A8 rows(const float (&d)[4]) { return {d[0], d[2], d[1], d[3]}; }
-DEV A8 stack(const B8& top, const B8& bottom) { return {top.v[0], bottom.v[0], top.v[1], bottom.v[1]}; }
-DEV B8 part(const A8& a, int bottom) { return {a.v[bottom], a.v[2 + bottom]}; }
-// Four matrices in a row in shared memory, 64 numbers each: column g of an operand is row g of the matrix, or column g
-DEV void load4(B8 (&b)[4], const Stored* m, int lane) { EACH(i, 4) b[i] = {m[64 * i + 2 * lane], m[64 * i + 2 * lane + 1]}; }
-DEV void load4_transposed(B8 (&b)[4], const Stored* m, int lane) {
-  const int at = lane % 4 * 16 + lane / 4;
-  EACH(i, 4) b[i] = {m[64 * i + at], m[64 * i + at + 8]};
-}
-// Two matrices in a row, and the two that are 8 K further on
-DEV void load2x2(B8 (&b)[4], const Stored* m, int lane) {
-  EACH(i, 4) {
-    const Stored* from = m + i / 2 * 8 * K + i % 2 * 64 + 2 * lane;
-    b[i] = {from[0], from[1]};
-  }
-}
-DEV void load2x2_transposed(B8 (&b)[4], const Stored* m, int lane) {
-  const int at = lane % 4 * 16 + lane / 4;
-  EACH(i, 4) {
-    const Stored* from = m + i / 2 * 8 * K + i % 2 * 64 + at;
-    b[i] = {from[0], from[8]};
-  }
-}
-DEV B8 load_pair(const Stored* p) { return {p[0], p[1]}; }
-DEV void store_pair(Stored* p, float a, float b) { p[0] = a; p[1] = b; }
+  float t[4] = {0, 0, 0, 0};
+  mma_half(t, a.low[0], a.low[1], b.v);
+  mma_half(t, a.v[0], a.v[1], b.low);
+  mma_half(t, a.v[0], a.v[1], b.v);
+  EACH(i, 4) d[i] += t[i];
 #else
-DEV void mma8(float (&d)[4], const A8& a, const B8& b) { mma_half(d, a.v[0], a.v[1], b.v); }
-DEV void mma16(float (&d)[4], const A8& a, const A8& a1, const B8& b, const B8& b1) { mma_half(d, a.v[0], a.v[1], a1.v[0], a1.v[1], b.v, b1.v); }
-DEV A8 rows(const float (&d)[4]) { return {half2(d[0], d[1]), half2(d[2], d[3])}; }
+  mma_half(d, a.v[0], a.v[1], b.v);
+#endif
+}
+DEV void mma16(float (&d)[4], const A8& a, const A8& a1, const B8& b, const B8& b1) {
+#if EXACT
+  float t[4] = {0, 0, 0, 0};
+  mma_half(t, a.low[0], a.low[1], a1.low[0], a1.low[1], b.v, b1.v);
+  mma_half(t, a.v[0], a.v[1], a1.v[0], a1.v[1], b.low, b1.low);
+  mma_half(t, a.v[0], a.v[1], a1.v[0], a1.v[1], b.v, b1.v);
+  EACH(i, 4) d[i] += t[i];
+#else
+  mma_half(d, a.v[0], a.v[1], a1.v[0], a1.v[1], b.v, b1.v);
+#endif
+}
+DEV A8 rows(const float (&d)[4]) {
+  A8 a;
+  EACH(i, 2) {
+    a.v[i] = half2(d[2 * i], d[2 * i + 1]);
+#if EXACT
+    a.low[i] = rest(a.v[i], d[2 * i], d[2 * i + 1]);
+#endif
+  }
+  return a;
+}
+#if EXACT
+DEV A8 stack(const B8& top, const B8& bottom) { return {{top.v, bottom.v}, {top.low, bottom.low}}; }
+DEV B8 part(const A8& a, int bottom) { return {a.v[bottom], a.low[bottom]}; }
+DEV B8 load_pair(const Stored* p, int low) { return {*(const unsigned*)p, *(const unsigned*)(p + low)}; }
+#else
 DEV A8 stack(const B8& top, const B8& bottom) { return {top.v, bottom.v}; }
 DEV B8 part(const A8& a, int bottom) { return {a.v[bottom]}; }
-DEV void load4(B8 (&b)[4], const Stored* m, int lane) {
-  unsigned r[4];
-  load_matrices(r, m + 8 * lane);
-  EACH(i, 4) b[i].v = r[i];
-}
-DEV void load4_transposed(B8 (&b)[4], const Stored* m, int lane) {
-  unsigned r[4];
-  load_matrices_transposed(r, m + 8 * lane);
-  EACH(i, 4) b[i].v = r[i];
-}
-DEV void load2x2(B8 (&b)[4], const Stored* m, int lane) {
-  unsigned r[4];
-  load_matrices(r, m + lane / 16 * 8 * K + lane % 16 * 8);
-  EACH(i, 4) b[i].v = r[i];
-}
-DEV void load2x2_transposed(B8 (&b)[4], const Stored* m, int lane) {
-  unsigned r[4];
-  load_matrices_transposed(r, m + lane / 16 * 8 * K + lane % 16 * 8);
-  EACH(i, 4) b[i].v = r[i];
-}
-DEV B8 load_pair(const Stored* p) { return {*(const unsigned*)p}; }
-DEV void store_pair(Stored* p, float a, float b) { *(unsigned*)p = half2(a, b); }
+DEV B8 load_pair(const Stored* p, int low) { return {*(const unsigned*)p}; }
 #endif
+DEV void store_pair(Stored* p, float a, float b, int low) {
+  const unsigned h = half2(a, b);
+  *(unsigned*)p = h;
+#if EXACT
+  *(unsigned*)(p + low) = rest(h, a, b);
+#endif
+}
+DEV void store_one(Stored* p, float a, int low) {
+  const unsigned h = half2(a, 0);
+  *p = (Stored)h;
+#if EXACT
+  p[low] = (Stored)rest(h, a, 0);
+#endif
+}
+
+// N <= 4 matrices in shared memory, `row` being where a thread's row of them is, as `load_matrices` has it
+template <bool TRANSPOSED, int N>
+DEV void load(B8 (&b)[N], const Stored* row, int low) {
+  unsigned r[4];
+  TRANSPOSED ? load_matrices_transposed(r, row) : load_matrices(r, row);
+  EACH(i, N) b[i].v = r[i];
+#if EXACT
+  TRANSPOSED ? load_matrices_transposed(r, row + low) : load_matrices(r, row + low);
+  EACH(i, N) b[i].low = r[i];
+#endif
+}
+// Four matrices in a row: column g of an operand is row g of the matrix, or column g
+DEV void load4(B8 (&b)[4], const Stored* m, int lane) { load<false>(b, m + lane / 8 * TILE + lane % 8 * 8, 64); }
+DEV void load4_transposed(B8 (&b)[4], const Stored* m, int lane) { load<true>(b, m + lane / 8 * TILE + lane % 8 * 8, 64); }
+// Two matrices in a row, and two a plane further on
+DEV const Stored* two_by_two(const Stored* m, int lane) { return m + lane / 16 * PLANE + lane / 8 % 2 * TILE + lane % 8 * 8; }
+DEV void load2x2(B8 (&b)[4], const Stored* m, int lane) { load<false>(b, two_by_two(m, lane), 64); }
+DEV void load2x2_transposed(B8 (&b)[4], const Stored* m, int lane) { load<true>(b, two_by_two(m, lane), 64); }
 
 // Power of two of the largest number of a warp, and powers: gradients are brought to about 1 before they become float16.
 DEV float power(int e) { return __uint_as_float((unsigned)(127 + e) << 23); }
 DEV int magnitude(float largest) {
-#if EXACT
-  return 0;
-#else
   const int e = (int)(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23) - 127;
   return max(-100, min(e, 100));
-#endif
 }
 
 // A thread's two channels: one 8-byte access where rows are even, else two, the second clamped to the row.
@@ -256,47 +279,41 @@ DEV void add_pair(float* p, float a, float b, int second) {
 }
 
 // Rows in shared memory are 16 bytes longer than they need be: 8 of them then meet all banks.
-#define ROW(bytes) ((bytes) + 16)
-const int SH_BYTES = sizeof(Stored) * HARMONICS, HIDDEN_BYTES = sizeof(Stored) * K;
-template <int BYTES, int N>
-DEV void copy_rows(char* to, const void* from, int first, int n_rows, int thread, int threads) {
-  const int UNITS = BYTES / 16;
+#define ROW(size) ((size) + 8)
+template <int SIZE, int N>
+DEV void copy_rows(Stored* to, const Stored* from, int first, int n_rows, int thread, int threads) {
+  const int UNITS = SIZE / 8;
   for (int i = thread; i < N * UNITS; i += threads)
-    copy_async<16>(to + i / UNITS * ROW(BYTES) + i % UNITS * 16, (const char*)from + (i64)min(first + i / UNITS, n_rows - 1) * BYTES + i % UNITS * 16);
+    copy_async<16>(to + i / UNITS * ROW(SIZE) + i % UNITS * 8, from + (i64)min(first + i / UNITS, n_rows - 1) * SIZE + i % UNITS * 8);
 }
+DEV void as_rows(A8 (&a)[2], const B8 (&b)[4]) { EACH(i, 2) a[i] = stack(b[2 * i], b[2 * i + 1]); }
 // Matrices 2 s and 2 s + 1 (columns) of 16 rows
-template <int BYTES>
-DEV void load_rows(A8 (&a)[2], const char* rows, int s, int lane) {
-#if EXACT
-  const float* p = (const float*)(rows + lane / 4 * ROW(BYTES)) + 16 * s + lane % 4 * 2;
-  const float* p8 = p + 8 * ROW(BYTES) / 4;
-  EACH(i, 2) a[i] = {p[8 * i], p8[8 * i], p[8 * i + 1], p8[8 * i + 1]};
-#else
-  unsigned r[4];
-  load_matrices(r, rows + lane % 16 * ROW(BYTES) + (2 * s + lane / 16) * 16);
-  EACH(i, 2) a[i] = {r[2 * i], r[2 * i + 1]};
-#endif
+template <int SIZE>
+DEV void load_rows(A8 (&a)[2], const Stored* rows, int s, int lane) {
+  B8 b[4];
+  load<false>(b, rows + lane % 16 * ROW(SIZE) + (2 * s + lane / 16) * 8, SIZE / 2);
+  as_rows(a, b);
+}
+// 16 columns from 16 s on, as rows of the operand
+template <int SIZE>
+DEV void load_rows_transposed(A8 (&a)[2], const Stored* rows, int s, int lane) {
+  B8 b[4];
+  load<true>(b, rows + (lane / 16 * 8 + lane % 8) * ROW(SIZE) + (2 * s + lane / 8 % 2) * 8, SIZE / 2);
+  as_rows(a, b);
 }
 // Matrices at, at + 1, .. of 8 rows, which are rows of the operand
-template <int BYTES, int N>
-DEV void load_columns(B8 (&b)[N], const char* rows, int at, int lane) {
-#if EXACT
-  const float* p = (const float*)(rows + lane % 4 * 2 * ROW(BYTES)) + 8 * at + lane / 4;
-  EACH(i, N) b[i] = {p[8 * i], p[8 * i + ROW(BYTES) / 4]};
-#else
-  unsigned r[4];
-  load_matrices_transposed(r, rows + lane % 8 * ROW(BYTES) + (at + min(lane / 8, N - 1)) * 16);
-  EACH(i, N) b[i].v = r[i];
-#endif
+template <int SIZE, int N>
+DEV void load_columns(B8 (&b)[N], const Stored* rows, int at, int lane) {
+  load<true>(b, rows + lane % 8 * ROW(SIZE) + (at + min(lane / 8, N - 1)) * 8, SIZE / 2);
 }
 
 // Harmonics and hidden layer, or their tangents, of N edges in shared memory
 template <int N>
-struct __align__(16) Edges { char sh[N * ROW(SH_BYTES)], hidden[N * ROW(HIDDEN_BYTES)]; };
+struct __align__(16) Edges { Stored sh[N * ROW(SH_SIZE)], hidden[N * ROW(HIDDEN_SIZE)]; };
 template <int N>
 DEV void fetch(Edges<N>& to, const Stored* sh, const Stored* hidden, int e0, int n_edges, int thread, int threads) {
-  copy_rows<SH_BYTES, N>(to.sh, sh, e0, n_edges, thread, threads);
-  copy_rows<HIDDEN_BYTES, N>(to.hidden, hidden, e0, n_edges, thread, threads);
+  copy_rows<SH_SIZE, N>(to.sh, sh, e0, n_edges, thread, threads);
+  copy_rows<HIDDEN_SIZE, N>(to.hidden, hidden, e0, n_edges, thread, threads);
 }
 
 // W of 16 edges (rows), 8 channels and one path, from the K/8 matrices (8 channels x 8 rows of w3) of this octet and path;
@@ -306,7 +323,7 @@ DEV void radial(float (&w)[4], float (&wd)[4], const A8 (&h)[K / 8], const A8 (&
   EACH(i, 4) w[i] = wd[i] = 0;
   EACH(j, K / 32) {
     B8 b[4];
-    load4(b, w3 + 256 * j, lane);
+    load4(b, w3 + 4 * TILE * j, lane);
     EACH(s, 2) {
       mma16(w, h[4 * j + 2 * s], h[4 * j + 2 * s + 1], b[2 * s], b[2 * s + 1]);
       if (DUAL) mma16(wd, hd[4 * j + 2 * s], hd[4 * j + 2 * s + 1], b[2 * s], b[2 * s + 1]);
@@ -319,11 +336,11 @@ DEV void radial16(float (*w)[2][4], float (*wd)[2][4], const Edges<16>* edges, c
   EACH(p, N) EACH(t, 2) EACH(i, 4) { w[p][t][i] = 0; if (DUAL) wd[p][t][i] = 0; }
   EACH(j, K / 16) {
     A8 h[2], hd[2];
-    load_rows<HIDDEN_BYTES>(h, edges[0].hidden, j, lane);
-    if (DUAL) load_rows<HIDDEN_BYTES>(hd, edges[1].hidden, j, lane);
+    load_rows<HIDDEN_SIZE>(h, edges[0].hidden, j, lane);
+    if (DUAL) load_rows<HIDDEN_SIZE>(hd, edges[1].hidden, j, lane);
     EACH(p, N) {
       B8 b[4];  // even channels, then odd ones
-      load2x2(b, w3 + 16 * p * K + 128 * j, lane);
+      load2x2(b, w3 + 2 * p * PLANE + 2 * TILE * j, lane);
       const A8 a = stack(b[0], b[2]), a1 = stack(b[1], b[3]);
       EACH(t, 2) {
         mma16(w[p][t], a, a1, part(h[0], t), part(h[1], t));
@@ -338,9 +355,8 @@ struct Args {
   const Stored *sh, *shd, *hidden, *slope;
   const i64 *senders, *row_ptr;
   float *out, *gx, *gsh, *gr, *gh, *gslope, *gw3;
-  int n_atoms, chunk;
+  int n_atoms;
 };
-
 """
 
 # One degree of the input. {L}: its number; D1 = 2l+1; NP paths; MUL channels.
@@ -358,14 +374,14 @@ DEV Pair load_gy(const float* gy, int p, int m3, int second) {{
   return load2(gy + Y(p) + m3 * STRIDE(p), second);
 }}
 
-// Matrices of w3 (8 channels x 8 rows) of paths from `first` on, of n channels from u0 on: for each octet those of its paths; PAIRS:
-// for each path those of the even and of the odd of 16 channels.
+// Matrices of w3 (8 channels x 8 rows) of paths from `first` on, of n channels from u0 on: for each octet those of its
+// paths; PAIRS: for each path those of the even and of the odd of 16 channels.
 template <bool PAIRS>
 DEV void stage(Stored* to, const float* __restrict__ w3, int first, int paths, int u0, int n, int thread, int threads) {{
   for (int i = thread; i < n * paths * K; i += threads) {{
     const int c = i % n, k = i / n % K, p = i / (n * K), u = u0 + c;
     const int matrix = PAIRS ? 2 * p + c % 2 : c / 8 * paths + p, row = PAIRS ? c / 2 : c % 8;
-    to[matrix * 8 * K + k / 8 * 64 + row * 8 + k % 8] = stored(u < MUL ? w3[k * WDIM + COLUMN(first + p) + u] : 0);
+    store_one(to + matrix * PLANE + k / 8 * TILE + row * 8 + k % 8, u < MUL ? w3[k * WDIM + COLUMN(first + p) + u] : 0, 64);
   }}
 }}
 
@@ -378,7 +394,7 @@ DEV void forward(const Args& A, int task, char* memory) {{
   const int u0 = 16 * (task + warp), first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   typedef Edges<16> Buffer[1 + TANGENT];
   Buffer* buffers = (Buffer*)memory;
-  Stored* w3 = (Stored*)(buffers + 2) + warp * N * 16 * K;
+  Stored* w3 = (Stored*)(buffers + 2) + warp * N * 2 * PLANE;
   stage<true>(w3, A.w3, FIRST, N, u0, 16, lane, 32);
   const int n_edges = (int)A.row_ptr[A.n_atoms];
   int turn = 0, j[2][2];
@@ -426,8 +442,8 @@ DEV void forward(const Args& A, int task, char* memory) {{
         if constexpr (TANGENT) wd[p][t][2 * c + i] *= rate[t][i];
       }}
       B8 y[2][LMAX + 1], yd[2][LMAX + 1];
-      EACH(t, 2) load_columns<SH_BYTES>(y[t], edges[0].sh + 8 * t * ROW(SH_BYTES), 0, lane);
-      if constexpr (TANGENT) EACH(t, 2) load_columns<SH_BYTES>(yd[t], edges[1].sh + 8 * t * ROW(SH_BYTES), 0, lane);
+      EACH(t, 2) load_columns<SH_SIZE>(y[t], edges[0].sh + 8 * t * ROW(SH_SIZE), 0, lane);
+      if constexpr (TANGENT) EACH(t, 2) load_columns<SH_SIZE>(yd[t], edges[1].sh + 8 * t * ROW(SH_SIZE), 0, lane);
       EACH(m, D1) {{
         float x[2][4], xd[2][4];
         EACH(t, 2) EACH(i, 2) {{
@@ -448,9 +464,8 @@ DEV void forward(const Args& A, int task, char* memory) {{
           if constexpr (TANGENT) {{
             mma16(z[p][m], rows(a[0]), rows(a[1]), yd[0][l2], yd[1][l2]);
             mma16(z[p][m], rows(b[0]), rows(b[1]), y[0][l2], y[1][l2]);
-          }} else {{
+          }} else
             mma16(z[p][m], rows(a[0]), rows(a[1]), y[0][l2], y[1][l2]);
-          }}
         }}
       }}
     }}
@@ -480,13 +495,17 @@ DEV void backward(const Args& A, int u0, char* memory) {{
   typedef Edges<16> Buffer[MODE == 1 ? 1 : 2];
   Buffer* buffers = (Buffer*)memory;
   Stored* w3 = (Stored*)(buffers + 2);
-  Stored* G = w3 + {WARPS} * NP * 8 * K + warp * NP * D1 * DUAL * 64;
-  A8* gw_all = (A8*)(w3 + {WARPS} * NP * (8 * K + D1 * DUAL * 64));  // gradients of W: of each octet, path, value and tangent
+  Stored* G = w3 + {WARPS} * NP * PLANE + warp * NP * D1 * DUAL * TILE;
+  A8* gw_all = (A8*)(w3 + {WARPS} * NP * (PLANE + D1 * DUAL * TILE));  // gradients of W: of each octet, path, value and tangent
   float4* gs_all = (float4*)(gw_all + (MODE ? ({WARPS} * NP + 1) * DUAL * 32 : 0));  // of Y: of each warp and degree
   float* gr_all = (float*)(gs_all + (MODE < 2 ? {WARPS} * (LMAX + 1) * 32 : 0));  // of r: of each warp
   float* largest = gr_all + {WARPS} * 16;
   stage<false>(w3, A.w3, 0, NP, u0, 8 * octets, threadIdx.x, blockDim.x);
-  if (MODE) EACH(d, DUAL) gw_all[(octets * NP * DUAL + d) * 32 + lane] = {{}};
+  if (MODE) {{  // an odd number of octets and paths is made even by zeros
+    EACH(d, DUAL) gw_all[(octets * NP * DUAL + d) * 32 + lane] = {{}};
+    if (octets < {WARPS})
+      for (int i = threadIdx.x; i < PLANE; i += blockDim.x) w3[octets * NP * PLANE + i] = 0;
+  }}
   const bool mine = warp < octets;
   const int first = u0 + 8 * warp + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
   const int n_edges = (int)A.row_ptr[A.n_atoms];
@@ -495,7 +514,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
   auto prepare = [&](int e0) {{  // what comes next: on its way while the present is at work
     fetch(buffers[turn][0], A.sh, A.hidden, e0, n_edges, threadIdx.x, blockDim.x);
     if (MODE == 2) fetch(buffers[turn][1], A.shd, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
-    if (MODE == 0) copy_rows<HIDDEN_BYTES, 16>(buffers[turn][1].hidden, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
+    if (MODE == 0) copy_rows<HIDDEN_SIZE, 16>(buffers[turn][1].hidden, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
     EACH(t, 2) {{
       const int e = min(e0 + 8 * t + g, n_edges - 1);
       j[t] = (int)A.senders[e];
@@ -512,9 +531,9 @@ DEV void backward(const Args& A, int u0, char* memory) {{
       wait_for_copies();
       __syncthreads();
       prepare(next_begin);
+      continue;
     }}
-    if (begin == end) continue;
-    float scale = 1, unscale = 1;
+    float unscale;
     {{
       // rows g: gradient of the value; g+8: of the tangent
       const int c = min(u0 + 8 * warp + g, MUL - 1);
@@ -523,26 +542,23 @@ DEV void backward(const Args& A, int u0, char* memory) {{
         a[p][2 * i] = load_gy(A.gy + (i64)node * YDIM + c, p, q + 4 * i, 0).v[0];
         a[p][2 * i + 1] = MODE == 2 ? load_gy(A.gyd + (i64)node * YDIM + c, p, q + 4 * i, 0).v[0] : 0;
       }}
-#if !EXACT
       EACH(p, NP) EACH(i, 4) top = fmaxf(top, fabsf(a[p][i]));
       const int e = magnitude(mine ? top : 0);
       if (lane == 0) largest[warp] = e;
       __syncthreads();
       float most = largest[0];
       EACH(i, {WARPS}) most = fmaxf(most, largest[i]);
-      scale = power(-(int)most);
       unscale = power((int)most);
-      EACH(p, NP) EACH(i, 4) a[p][i] *= scale;
-#endif
+      EACH(p, NP) EACH(i, 4) a[p][i] *= power(-(int)most);
       if (mine)
         EACH(p, NP) EACH(m, D1) {{
           const float* cg = coupling(A, p, m);
           const float b[2] = {{__ldg(cg + 8 * q + g), __ldg(cg + 8 * (q + 4) + g)}};
           float d[4] = {{0, 0, 0, 0}};
           couple(d, a[p], b);
-          Stored* to = G + (p * D1 + m) * DUAL * 64 + 2 * lane;
-          store_pair(to, d[0], d[1]);
-          if (MODE == 2) store_pair(to + 64, d[2], d[3]);
+          Stored* to = G + (p * D1 + m) * DUAL * TILE + 2 * lane;
+          store_pair(to, d[0], d[1], 64);
+          if (MODE == 2) store_pair(to + TILE, d[2], d[3], 64);
         }}
     }}
     for (int e0 = begin; e0 < end; e0 += 16) {{
@@ -573,30 +589,30 @@ DEV void backward(const Args& A, int u0, char* memory) {{
         EACH(l, LMAX + 1) EACH(i, 4) gs[l][i] = 0;
         EACH(s, LMAX / 2 + 1) {{
           A8 a[2];
-          load_rows<SH_BYTES>(a, edges[0].sh, s, lane);
+          load_rows<SH_SIZE>(a, edges[0].sh, s, lane);
           y[2 * s] = a[0]; y[2 * s + 1] = a[1];
           if constexpr (MODE == 2) {{
-            load_rows<SH_BYTES>(a, edges[1].sh, s, lane);
+            load_rows<SH_SIZE>(a, edges[1].sh, s, lane);
             yd[2 * s] = a[0]; yd[2 * s + 1] = a[1];
           }}
         }}
         EACH(s, K / 16) {{
           A8 a[2];
-          load_rows<HIDDEN_BYTES>(a, edges[0].hidden, s, lane);
+          load_rows<HIDDEN_SIZE>(a, edges[0].hidden, s, lane);
           h[2 * s] = a[0]; h[2 * s + 1] = a[1];
           if constexpr (MODE != 1) {{
-            load_rows<HIDDEN_BYTES>(a, edges[1].hidden, s, lane);
+            load_rows<HIDDEN_SIZE>(a, edges[1].hidden, s, lane);
             hd[2 * s] = a[0]; hd[2 * s + 1] = a[1];
           }}
         }}
         EACH(p, NP) {{
           float w[4], wd[4], gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
-          const Stored* w3p = w3 + (warp * NP + p) * 8 * K;
+          const Stored* w3p = w3 + (warp * NP + p) * PLANE;
           radial<MODE != 1>(w, wd, h, hd, w3p, lane);
           if (MODE == 2) EACH(i, 4) wd[i] *= rate[i / 2];
           B8 b[4], bt[4];
           EACH(m, D1) {{
-            const Stored* Gpm = G + (p * D1 + m) * DUAL * 64;
+            const Stored* Gpm = G + (p * D1 + m) * DUAL * TILE;
             const int l2 = L2(p), at = m * DUAL % 4;
             if (at == 0) load4(b, Gpm, lane);
             if (at == 0 && MODE < 2) load4_transposed(bt, Gpm, lane);
@@ -644,14 +660,13 @@ DEV void backward(const Args& A, int u0, char* memory) {{
       // The sums over octets: each warp, of a quarter of the columns of gh; or of one degree of Y
       if (MODE)
         for (int c = warp; c < K / 16; c += {WARPS}) {{  // two matrices
-          const int count = octets * NP;  // an odd one is made even by a gradient of zero
           float gh[2][4], gslope[2][4];
           EACH(n, 2) EACH(i, 4) gh[n][i] = gslope[n][i] = 0;
 #pragma unroll 4
-          for (int i = 0; i < count; i += 2) {{
+          for (int i = 0; i < octets * NP; i += 2) {{
             const A8* gw = gw_all + i * DUAL * 32 + lane;
             B8 b[4];
-            load2x2_transposed(b, w3 + i * 8 * K + c * 128, lane);
+            load2x2_transposed(b, w3 + i * PLANE + c * 2 * TILE, lane);
             EACH(n, 2) mma16(gh[n], gw[0], gw[DUAL * 32], b[n], b[2 + n]);
             if (MODE == 2) EACH(n, 2) mma16(gslope[n], gw[32], gw[96], b[n], b[2 + n]);
           }}
@@ -713,11 +728,11 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   u0 += 16 * (warp % {groups});
   Rows* buffer = all_rows + 2 * warp;
-  int turn = 0, top = EXACT ? 0 : -100;
+  int turn = 0, top = -100;
   const int first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   float acc[N][K / 8][4];
   EACH(p, N) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
-  const int part = warp / {groups}, run = A.chunk / ({WARPS} / {groups});  // of a chunk of nodes
+  const int part = warp / {groups};  // of the block's nodes
   const int n_edges = (int)A.row_ptr[A.n_atoms];
   int soon = 0;  // senders of 16 edges from where the tile at hand begins: those of the next one are among them
   float rd[2];
@@ -732,100 +747,100 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
     }}
     soon = (int)A.senders[min(e0 + lane % 16, n_edges - 1)];
   }};
-  for (int from = blockIdx.x * A.chunk + part * run; from < A.n_atoms; from += gridDim.x * A.chunk) {{
-  const int last = min(A.n_atoms, from + run);
-  int end = (int)A.row_ptr[from];
-  wait_for_copies();
-  buffer[turn ^ 1].senders[lane % 16] = (int)A.senders[min(end + lane % 16, n_edges - 1)];
-  __syncwarp();
-  prepare(end, buffer[turn ^ 1].senders);
-  for (int node = from; node < last; node++) {{
-    const int begin = end;
-    end = (int)A.row_ptr[node + 1];
-    if (begin == end) continue;
-    A8 G[N][D1], H[DUAL ? N : 1][D1];
-    {{
-      float a[N][4], b[N][4], largest = 0;
-      EACH(p, N) EACH(i, 2) {{
-        const Pair v = load_gy(A.gy + (i64)node * YDIM + u, FIRST + p, q + 4 * i, second);
-        a[p][2 * i] = v.v[0]; a[p][2 * i + 1] = v.v[1];
-        b[p][2 * i] = b[p][2 * i + 1] = 0;
-        if constexpr (DUAL) {{
-          const Pair v = load_gy(A.gyd + (i64)node * YDIM + u, FIRST + p, q + 4 * i, second);
-          b[p][2 * i] = v.v[0]; b[p][2 * i + 1] = v.v[1];
-        }}
-      }}
-      EACH(p, N) EACH(i, 4) largest = fmaxf(largest, fmaxf(fabsf(a[p][i]), fabsf(b[p][i])));
-      const int e = magnitude(largest);
-      if (e > top) {{
-        const float ratio = power(max(top - e, -126));
-        EACH(p, N) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] *= ratio;
-        top = e;
-      }}
-      EACH(p, N) EACH(i, 4) {{ a[p][i] *= power(-top); b[p][i] *= power(-top); }}
-      EACH(p, N) EACH(m, D1) {{
-        const float* cg = coupling(A, FIRST + p, m);
-        const float c[2] = {{__ldg(cg + 8 * q + g), __ldg(cg + 8 * (q + 4) + g)}};
-        float d[4] = {{0, 0, 0, 0}}, h[4] = {{0, 0, 0, 0}};
-        couple(d, a[p], c);
-        G[p][m] = rows(d);
-        if constexpr (DUAL) {{
-          couple(h, b[p], c);
-          H[p][m] = rows(h);
-        }}
-      }}
-    }}
-    for (int e0 = begin; e0 < end; e0 += 8) {{
-      const int next = min(e0 + 8, end);
-      Rows& tile = buffer[turn];
-      float x[D1][4], xd[D1][4], valid[2], rate[2];
-      EACH(i, 2) {{
-        valid[i] = e0 + 2 * q + i < end;
-        rate[i] = DUAL ? valid[i] * rd[i] : 0;
-      }}
-      tile.senders[lane % 16] = soon;
-      wait_for_copies();
-      turn ^= 1;
-      prepare(next, tile.senders + (next - e0));
-      B8 y[LMAX + 1], yd[LMAX + 1];
-      EACH(i, 2) {{
-        load_x_row(x, tile.x + (2 * q + i) * X_ROW, i, g);
-        if constexpr (DUAL) load_x_row(xd, tile.xd + (2 * q + i) * X_ROW, i, g);
-      }}
-      EACH(l, LMAX + 1) {{
-        y[l] = load_pair((const Stored*)(tile.edges[0].sh + g * ROW(SH_BYTES)) + 8 * l + 2 * q);
-        if constexpr (DUAL) yd[l] = load_pair((const Stored*)(tile.edges[1].sh + g * ROW(SH_BYTES)) + 8 * l + 2 * q);
-      }}
-      A8 a[N], ad[N];
-      EACH(p, N) {{
-        const int l2 = L2(FIRST + p);
-        float gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
-        EACH(m, D1) {{
-          float t[4] = {{0, 0, 0, 0}}, td[4] = {{0, 0, 0, 0}};
+  for (int from = blockIdx.x * {WARPS} + part * {groups}; from < A.n_atoms; from += gridDim.x * {WARPS}) {{
+    const int last = min(A.n_atoms, from + {groups});
+    int end = (int)A.row_ptr[from];
+    wait_for_copies();
+    buffer[turn ^ 1].senders[lane % 16] = (int)A.senders[min(end + lane % 16, n_edges - 1)];
+    __syncwarp();
+    prepare(end, buffer[turn ^ 1].senders);
+    for (int node = from; node < last; node++) {{
+      const int begin = end;
+      end = (int)A.row_ptr[node + 1];
+      if (begin == end) continue;
+      A8 G[N][D1], H[DUAL ? N : 1][D1];
+      {{
+        float a[N][4], b[N][4], largest = 0;
+        EACH(p, N) EACH(i, 2) {{
+          const Pair v = load_gy(A.gy + (i64)node * YDIM + u, FIRST + p, q + 4 * i, second);
+          a[p][2 * i] = v.v[0]; a[p][2 * i + 1] = v.v[1];
+          b[p][2 * i] = b[p][2 * i + 1] = 0;
           if constexpr (DUAL) {{
-            mma16(t, G[p][m], H[p][m], y[l2], yd[l2]);
-            mma8(td, H[p][m], y[l2]);
-            EACH(i, 4) {{ gw[i] += x[m][i] * t[i]; gw[i] += xd[m][i] * td[i]; gwd[i] += x[m][i] * td[i]; }}
-          }} else {{
-            mma8(t, G[p][m], y[l2]);
-            EACH(i, 4) gw[i] += x[m][i] * t[i];
+            const Pair v = load_gy(A.gyd + (i64)node * YDIM + u, FIRST + p, q + 4 * i, second);
+            b[p][2 * i] = v.v[0]; b[p][2 * i + 1] = v.v[1];
           }}
         }}
-        EACH(i, 4) {{ gw[i] *= valid[i % 2]; gwd[i] *= rate[i % 2]; }}
-        a[p] = rows(gw);
-        ad[p] = rows(gwd);
+        EACH(p, N) EACH(i, 4) largest = fmaxf(largest, fmaxf(fabsf(a[p][i]), fabsf(b[p][i])));
+        const int e = magnitude(largest);
+        if (e > top) {{
+          const float ratio = power(max(top - e, -126));
+          EACH(p, N) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] *= ratio;
+          top = e;
+        }}
+        EACH(p, N) EACH(i, 4) {{ a[p][i] *= power(-top); b[p][i] *= power(-top); }}
+        EACH(p, N) EACH(m, D1) {{
+          const float* cg = coupling(A, FIRST + p, m);
+          const float c[2] = {{__ldg(cg + 8 * q + g), __ldg(cg + 8 * (q + 4) + g)}};
+          float d[4] = {{0, 0, 0, 0}}, h[4] = {{0, 0, 0, 0}};
+          couple(d, a[p], c);
+          G[p][m] = rows(d);
+          if constexpr (DUAL) {{
+            couple(h, b[p], c);
+            H[p][m] = rows(h);
+          }}
+        }}
       }}
-      EACH(j, K / 32) {{
-        B8 h[4], hd[4];
-        load_columns<HIDDEN_BYTES>(h, tile.edges[0].hidden, 4 * j, lane);
-        if constexpr (DUAL) load_columns<HIDDEN_BYTES>(hd, tile.edges[1].hidden, 4 * j, lane);
-        EACH(n, 4) EACH(p, N) {{
-          if constexpr (DUAL) mma16(acc[p][4 * j + n], a[p], ad[p], h[n], hd[n]);
-          else mma8(acc[p][4 * j + n], a[p], h[n]);
+      for (int e0 = begin; e0 < end; e0 += 8) {{
+        const int next = min(e0 + 8, end);
+        Rows& tile = buffer[turn];
+        float x[D1][4], xd[D1][4], valid[2], rate[2];
+        EACH(i, 2) {{
+          valid[i] = e0 + 2 * q + i < end;
+          rate[i] = DUAL ? valid[i] * rd[i] : 0;
+        }}
+        tile.senders[lane % 16] = soon;
+        wait_for_copies();
+        turn ^= 1;
+        prepare(next, tile.senders + (next - e0));
+        B8 y[LMAX + 1], yd[LMAX + 1];
+        EACH(i, 2) {{
+          load_x_row(x, tile.x + (2 * q + i) * X_ROW, i, g);
+          if constexpr (DUAL) load_x_row(xd, tile.xd + (2 * q + i) * X_ROW, i, g);
+        }}
+        EACH(l, LMAX + 1) {{
+          y[l] = load_pair(tile.edges[0].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
+          if constexpr (DUAL) yd[l] = load_pair(tile.edges[1].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
+        }}
+        A8 a[N], ad[N];
+        EACH(p, N) {{
+          const int l2 = L2(FIRST + p);
+          float gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
+          EACH(m, D1) {{
+            float t[4] = {{0, 0, 0, 0}}, td[4] = {{0, 0, 0, 0}};
+            if constexpr (DUAL) {{
+              mma16(t, G[p][m], H[p][m], y[l2], yd[l2]);
+              mma8(td, H[p][m], y[l2]);
+              EACH(i, 4) {{ gw[i] += x[m][i] * t[i]; gw[i] += xd[m][i] * td[i]; gwd[i] += x[m][i] * td[i]; }}
+            }} else {{
+              mma8(t, G[p][m], y[l2]);
+              EACH(i, 4) gw[i] += x[m][i] * t[i];
+            }}
+          }}
+          EACH(i, 4) {{ gw[i] *= valid[i % 2]; gwd[i] *= rate[i % 2]; }}
+          a[p] = rows(gw);
+          ad[p] = rows(gwd);
+        }}
+        EACH(j, K / 32) {{
+          B8 h[4], hd[4];
+          load_columns<HIDDEN_SIZE>(h, tile.edges[0].hidden, 4 * j, lane);
+          if constexpr (DUAL) load_columns<HIDDEN_SIZE>(hd, tile.edges[1].hidden, 4 * j, lane);
+          EACH(n, 4) EACH(p, N) {{
+            if constexpr (DUAL) mma16(acc[p][4 * j + n], a[p], ad[p], h[n], hd[n]);
+            else mma8(acc[p][4 * j + n], a[p], h[n]);
+          }}
         }}
       }}
     }}
-  }}
   }}
   wait_for_copies();
   float* out = A.gw3 + (i64)(blockIdx.x * {SLOTS} + part) * K * WDIM + u;
@@ -888,7 +903,7 @@ extern "C" __global__ void geometry(const Geometry A) {
     harmonics(y, {v.u[0], d[0]}, {v.u[1], d[1]}, {v.u[2], d[2]});
     EACH(i, HARMONICS / 2) {
       const Dual a = y[2 * i], b = y[2 * i + 1];
-      store_pair(A.sh + (i64)e * HARMONICS + 2 * i, (float)(A.along ? a.d : a.v), (float)(A.along ? b.d : b.v));
+      store_pair(A.sh + (i64)e * SH_SIZE + 2 * i, (float)(A.along ? a.d : a.v), (float)(A.along ? b.d : b.v), HARMONICS);
     }
     if (A.basis) {
       // Bessel functions times the polynomial cutoff (Gasteiger et al. 2020), as `radial_basis` of model.py; and d/dr
@@ -904,8 +919,8 @@ extern "C" __global__ void geometry(const Geometry A) {
             value[j] = (float)(f * fall);
             slope[j] = (float)(df * fall + f * fall_d);
           }
-        store_pair(A.basis + (i64)e * BASIS + 2 * i, value[0], value[1]);
-        store_pair(A.basis + ((i64)A.n_edges + e) * BASIS + 2 * i, slope[0], slope[1]);
+        store_pair(A.basis + (i64)e * BASIS_SIZE + 2 * i, value[0], value[1], BASIS);
+        store_pair(A.basis + ((i64)A.n_edges + e) * BASIS_SIZE + 2 * i, slope[0], slope[1], BASIS);
       }
     }
   }
@@ -936,21 +951,21 @@ DEV float silu1(float z, float s) { return s * (1 + z * (1 - s)); }
 DEV float silu2(float z, float s) { return s * (1 - s) * (2 + z * (1 - 2 * s)); }
 
 struct Mlp { const Stored* basis; const float *w1, *w2, *grad; Stored* out; float *gw1, *gw2; int n_edges; };
-const int BASIS_BYTES = sizeof(Stored) * BASIS, TILES = K / 8, EDGES = 16 * WARPS;
+const int BASIS_SIZE = BASIS * (1 + EXACT), TILES = K / 8, EDGES = 16 * WARPS;
 
 // (n, k) matrices of a (k, n) weight
 template <int INPUTS>
 DEV void stage_weights(Stored* to, const float* w, int rows) {
   for (int i = threadIdx.x; i < INPUTS * K; i += blockDim.x) {
     const int k = i / K, n = i % K;
-    to[(n / 8 * INPUTS + k / 8 * 8) * 8 + n % 8 * 8 + k % 8] = stored(k < rows ? w[k * K + n] : 0);
+    store_one(to + (n / 8 * (INPUTS / 8) + k / 8) * TILE + n % 8 * 8 + k % 8, k < rows ? w[k * K + n] : 0, 64);
   }
 }
 // Column n of 8 before the first SiLU, and its tangent
 DEV void first_layer(float (&z)[4], float (&zd)[4], const A8 (&b)[BASIS / 8], const A8 (&bd)[BASIS / 8], const Stored* w1, int n, int lane) {
   EACH(i, 4) z[i] = zd[i] = 0;
   EACH(k, BASIS / 8) {
-    const B8 w = load_pair(w1 + n * BASIS * 8 + k * 64 + 2 * lane);
+    const B8 w = load_pair(w1 + (n * (BASIS / 8) + k) * TILE + 2 * lane, 64);
     mma8(z, b[k], w);
     mma8(zd, bd[k], w);
   }
@@ -960,7 +975,7 @@ DEV void second_layer(float (&z)[4], float (&zd)[4], const A8 (&a)[TILES], const
   EACH(i, 4) z[i] = zd[i] = 0;
   EACH(j, K / 32) {
     B8 w[4];
-    load4(w, w2 + n * K * 8 + 256 * j, lane);
+    load4(w, w2 + n * PLANE + 4 * TILE * j, lane);
     EACH(s, 2) {
       mma16(z, a[4 * j + 2 * s], a[4 * j + 2 * s + 1], w[2 * s], w[2 * s + 1]);
       mma16(zd, ad[4 * j + 2 * s], ad[4 * j + 2 * s + 1], w[2 * s], w[2 * s + 1]);
@@ -975,15 +990,15 @@ DEV void activate(float (&z)[4], float (&zd)[4]) {
   }
 }
 // By way of 16 rows each of shared memory
-DEV void load_basis(A8 (&b)[BASIS / 8], A8 (&bd)[BASIS / 8], char* rows, char* rows_d, const Mlp& A, int e0, int lane) {
-  copy_rows<BASIS_BYTES, 16>(rows, A.basis, e0, A.n_edges, lane, 32);
-  copy_rows<BASIS_BYTES, 16>(rows_d, A.basis + (i64)A.n_edges * BASIS, e0, A.n_edges, lane, 32);
+DEV void load_basis(A8 (&b)[BASIS / 8], A8 (&bd)[BASIS / 8], Stored* rows, Stored* rows_d, const Mlp& A, int e0, int lane) {
+  copy_rows<BASIS_SIZE, 16>(rows, A.basis, e0, A.n_edges, lane, 32);
+  copy_rows<BASIS_SIZE, 16>(rows_d, A.basis + (i64)A.n_edges * BASIS_SIZE, e0, A.n_edges, lane, 32);
   wait_for_copies();
   EACH(s, BASIS / 16) {
     A8 a[2];
-    load_rows<BASIS_BYTES>(a, rows, s, lane);
+    load_rows<BASIS_SIZE>(a, rows, s, lane);
     b[2 * s] = a[0]; b[2 * s + 1] = a[1];
-    load_rows<BASIS_BYTES>(a, rows_d, s, lane);
+    load_rows<BASIS_SIZE>(a, rows_d, s, lane);
     bd[2 * s] = a[0]; bd[2 * s + 1] = a[1];
   }
 }
@@ -991,14 +1006,13 @@ DEV void load_basis(A8 (&b)[BASIS / 8], A8 (&bd)[BASIS / 8], char* rows, char* r
 extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp(const Mlp A) {
   extern __shared__ __align__(16) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  Stored *w1 = (Stored*)memory, *w2 = w1 + BASIS * K;
-  char* rows16 = (char*)(w2 + K * K) + warp * 32 * ROW(BASIS_BYTES);
+  Stored *w1 = (Stored*)memory, *w2 = w1 + BASIS / 8 * PLANE, *rows16 = w2 + TILES * PLANE + warp * 32 * ROW(BASIS_SIZE);
   stage_weights<BASIS>(w1, A.w1, N_BASIS);
   stage_weights<K>(w2, A.w2, K);
   __syncthreads();
   for (int e0 = blockIdx.x * EDGES + 16 * warp; e0 < A.n_edges; e0 += gridDim.x * EDGES) {
     A8 b[BASIS / 8], bd[BASIS / 8], a[TILES], ad[TILES];
-    load_basis(b, bd, rows16, rows16 + 16 * ROW(BASIS_BYTES), A, e0, lane);
+    load_basis(b, bd, rows16, rows16 + 16 * ROW(BASIS_SIZE), A, e0, lane);
     EACH(n, TILES) {
       float z[4], zd[4];
       first_layer(z, zd, b, bd, w1, n, lane);
@@ -1011,42 +1025,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp(const Mlp A)
       second_layer(z, zd, a, ad, w2, n, lane);
       activate(z, zd);
       EACH(t, 2) {
-        const i64 at = (i64)(e0 + 8 * t + g) * K + 8 * n + 2 * q;
+        Stored* out = A.out + (i64)(e0 + 8 * t + g) * HIDDEN_SIZE + 8 * n + 2 * q;
         if (e0 + 8 * t + g < A.n_edges) {
-          store_pair(A.out + at, z[2 * t], z[2 * t + 1]);
-          store_pair(A.out + (i64)A.n_edges * K + at, zd[2 * t], zd[2 * t + 1]);
+          store_pair(out, z[2 * t], z[2 * t + 1], K);
+          store_pair(out + (i64)A.n_edges * HIDDEN_SIZE, zd[2 * t], zd[2 * t + 1], K);
         }
       }
     }
   }
 }
 
-// 16 columns from 16 s on of 16 rows, which are the columns of the operand
-template <int BYTES>
-DEV void load_rows_transposed(A8 (&a)[2], const char* rows, int s, int lane) {
-#if EXACT
-  const float* p = (const float*)(rows + lane % 4 * 2 * ROW(BYTES)) + 16 * s + lane / 4;
-  EACH(i, 2) {
-    const float *r = p + 2 * i * ROW(BYTES), *r1 = r + ROW(BYTES) / 4;
-    a[i] = {r[0], r[8], r1[0], r1[8]};
-  }
-#else
-  unsigned r[4];
-  load_matrices_transposed(r, rows + (lane / 16 * 8 + lane % 8) * ROW(BYTES) + (2 * s + lane / 8 % 2) * 16);
-  EACH(i, 2) a[i] = {r[2 * i], r[2 * i + 1]};
-#endif
-}
 // acc += the sum over 16 WARPS edges of a row (outputs: M times 16) times b row (outputs: the warp's N times 8 columns)
-template <int A_BYTES, int M, int N>
-DEV void add_products(float (&acc)[M][N][4], const char* a_rows, const char* b_rows, int warp, int lane) {
+template <int A_SIZE, int M, int N>
+DEV void add_products(float (&acc)[M][N][4], const Stored* a_rows, const Stored* b_rows, int warp, int lane) {
   const int C = N < 4 ? N : 4;
   EACH(e, WARPS) EACH(c, N / C) {
     B8 b[C], b1[C];
-    load_columns<HIDDEN_BYTES>(b, b_rows + 16 * e * ROW(HIDDEN_BYTES), N * warp + C * c, lane);
-    load_columns<HIDDEN_BYTES>(b1, b_rows + (16 * e + 8) * ROW(HIDDEN_BYTES), N * warp + C * c, lane);
+    load_columns<HIDDEN_SIZE>(b, b_rows + 16 * e * ROW(HIDDEN_SIZE), N * warp + C * c, lane);
+    load_columns<HIDDEN_SIZE>(b1, b_rows + (16 * e + 8) * ROW(HIDDEN_SIZE), N * warp + C * c, lane);
     EACH(m, M) {
       A8 a[2];
-      load_rows_transposed<A_BYTES>(a, a_rows + 16 * e * ROW(A_BYTES), m, lane);
+      load_rows_transposed<A_SIZE>(a, a_rows + 16 * e * ROW(A_SIZE), m, lane);
       EACH(n, C) mma16(acc[m][C * c + n], a[0], a[1], b[n], b1[n]);
     }
   }
@@ -1058,16 +1057,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const M
   extern __shared__ __align__(16) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int N = TILES / WARPS;  // columns of the gradients / 8, a warp
-  const int SIZE = EDGES * ROW(HIDDEN_BYTES);
-  Stored *w1 = (Stored*)memory, *w2 = w1 + BASIS * K;
-  char *basis = (char*)(w2 + K * K), *basis_d = basis + EDGES * ROW(BASIS_BYTES), *all = basis_d + EDGES * ROW(BASIS_BYTES);
+  const int SIZE = EDGES * ROW(HIDDEN_SIZE);
+  Stored *w1 = (Stored*)memory, *w2 = w1 + BASIS / 8 * PLANE;
+  Stored *basis = w2 + TILES * PLANE, *basis_d = basis + EDGES * ROW(BASIS_SIZE), *all = basis_d + EDGES * ROW(BASIS_SIZE);
   int* largest = (int*)(all + 6 * SIZE);
   // of the block's edges: activations of the first layer, gradients before the second SiLU and the first; each with tangents
-  auto pair = [&](int which, int row, int n) { return (Stored*)(all + which * SIZE + (16 * warp + row) * ROW(HIDDEN_BYTES)) + 8 * n + 2 * q; };
+  auto pair = [&](int which, int row, int n) { return all + which * SIZE + (16 * warp + row) * ROW(HIDDEN_SIZE) + 8 * n + 2 * q; };
   stage_weights<BASIS>(w1, A.w1, N_BASIS);
   stage_weights<K>(w2, A.w2, K);
   __syncthreads();
-  int top = EXACT ? 0 : -100;
+  int top = -100;
   float acc1[BASIS / 16][N][4], acc2[K / 16][N][4];
   EACH(n, N) EACH(i, 4) {
     EACH(m, BASIS / 16) acc1[m][n][i] = 0;
@@ -1077,7 +1076,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const M
     const int e0 = block0 + 16 * warp;
     A8 b[BASIS / 8], bd[BASIS / 8], a[TILES], ad[TILES];
     __syncthreads();  // the sums of the edges before are done
-    load_basis(b, bd, basis + 16 * warp * ROW(BASIS_BYTES), basis_d + 16 * warp * ROW(BASIS_BYTES), A, e0, lane);
+    load_basis(b, bd, basis + 16 * warp * ROW(BASIS_SIZE), basis_d + 16 * warp * ROW(BASIS_SIZE), A, e0, lane);
     EACH(n, TILES) {
       float z[4], zd[4];
       first_layer(z, zd, b, bd, w1, n, lane);
@@ -1085,8 +1084,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const M
       a[n] = rows(z);
       ad[n] = rows(zd);
       EACH(t, 2) {
-        store_pair(pair(0, 8 * t + g, n), z[2 * t], z[2 * t + 1]);
-        store_pair(pair(1, 8 * t + g, n), zd[2 * t], zd[2 * t + 1]);
+        store_pair(pair(0, 8 * t + g, n), z[2 * t], z[2 * t + 1], K);
+        store_pair(pair(1, 8 * t + g, n), zd[2 * t], zd[2 * t + 1], K);
       }
     }
     float gz[TILES][4], gzd[TILES][4], most = 0;
@@ -1110,7 +1109,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const M
         }
       }
     }
-#if !EXACT
     const int mine = magnitude(most);
     if (lane == 0) largest[warp] = mine;
     __syncthreads();
@@ -1122,19 +1120,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const M
       EACH(m, BASIS / 16) acc1[m][n][i] *= ratio;
       EACH(m, K / 16) acc2[m][n][i] *= ratio;
     }
-#endif
     float ga[TILES][4], gad[TILES][4];
     EACH(n, TILES) EACH(i, 4) ga[n][i] = gad[n][i] = 0;
     EACH(n, TILES) {
       EACH(i, 4) { gz[n][i] *= power(-top); gzd[n][i] *= power(-top); }
       const A8 r = rows(gz[n]), rd = rows(gzd[n]);
       EACH(t, 2) {
-        store_pair(pair(2, 8 * t + g, n), gz[n][2 * t], gz[n][2 * t + 1]);
-        store_pair(pair(3, 8 * t + g, n), gzd[n][2 * t], gzd[n][2 * t + 1]);
+        store_pair(pair(2, 8 * t + g, n), gz[n][2 * t], gz[n][2 * t + 1], K);
+        store_pair(pair(3, 8 * t + g, n), gzd[n][2 * t], gzd[n][2 * t + 1], K);
       }
       EACH(j, K / 32) {
         B8 w[4];
-        load4_transposed(w, w2 + n * K * 8 + 256 * j, lane);
+        load4_transposed(w, w2 + n * PLANE + 4 * TILE * j, lane);
         EACH(k, 4) { mma8(ga[4 * j + k], r, w[k]); mma8(gad[4 * j + k], rd, w[k]); }
       }
     }
@@ -1147,15 +1144,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp_back(const M
         gz1d[i] = gad[n][i] * d;
       }
       EACH(t, 2) {
-        store_pair(pair(4, 8 * t + g, n), gz1[2 * t], gz1[2 * t + 1]);
-        store_pair(pair(5, 8 * t + g, n), gz1d[2 * t], gz1d[2 * t + 1]);
+        store_pair(pair(4, 8 * t + g, n), gz1[2 * t], gz1[2 * t + 1], K);
+        store_pair(pair(5, 8 * t + g, n), gz1d[2 * t], gz1d[2 * t + 1], K);
       }
     }
     __syncthreads();
-    add_products<HIDDEN_BYTES>(acc2, all, all + 2 * SIZE, warp, lane);
-    add_products<HIDDEN_BYTES>(acc2, all + SIZE, all + 3 * SIZE, warp, lane);
-    add_products<BASIS_BYTES>(acc1, basis, all + 4 * SIZE, warp, lane);
-    add_products<BASIS_BYTES>(acc1, basis_d, all + 5 * SIZE, warp, lane);
+    add_products<HIDDEN_SIZE>(acc2, all, all + 2 * SIZE, warp, lane);
+    add_products<HIDDEN_SIZE>(acc2, all + SIZE, all + 3 * SIZE, warp, lane);
+    add_products<BASIS_SIZE>(acc1, basis, all + 4 * SIZE, warp, lane);
+    add_products<BASIS_SIZE>(acc1, basis_d, all + 5 * SIZE, warp, lane);
   }
   EACH(n, N) EACH(i, 4) {
     const int column = 8 * (N * warp + n) + 2 * q + i % 2;
@@ -1416,7 +1413,7 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps=WARPS
     rows = lambda columns: columns * stored + 16  # bytes of one in shared memory
     weights, basis = (c.basis + width) * width * stored, 32 * warps * rows(c.basis)
     c.mlp = weights + basis, weights + basis + 6 * 16 * warps * rows(width) + 16
-    code += [f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", GEOMETRY, MLP]
+    code += [f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", MLP, GEOMETRY]
     nodes, c.v_dim, c.f_dim, c.n_weights = node_source(muls_out, norm)
     return "\n".join([*code, nodes]), c, np.array(table, np.float32)
 
@@ -1437,7 +1434,7 @@ def count_groups(mul, warps):
 
 class Args(ctypes.Structure):
     POINTERS = "x xd rd w3 cg gy gyd sh shd hidden slope senders row_ptr out gx gsh gr gh gslope gw3".split()
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int), ("chunk", ctypes.c_int)]
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int)]
 
 
 def fill(arguments, **values):
@@ -1508,7 +1505,8 @@ class Kernels:
     """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
 
     def __init__(self, muls, muls_out, paths, lmax, width, n_basis, exact, norm, device):
-        self.device, args = torch.device(device), (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
+        self.device = torch.empty(0, device=device).device  # with its index
+        args = (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
         code, self.shape, table = source(*args)
         limit, most = self.shared_memory(), lambda c: max(*c.mlp, *[k.shared for ks in c.kernels.values() for k in ks])
         warps = max((w for w in (1, 2, 4) if most(source(*args, w)[1]) <= limit), default=1)
@@ -1550,52 +1548,56 @@ class Kernels:
 
     def launch(self, name, grid, args, threads, shared=0):
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device.index))  # the public way costs 10 us
+        launch = (self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None)
+        if torch.cuda.current_device() == self.device.index:
+            return check(self.cuda.cuLaunchKernel(*launch), name)
         with torch.cuda.device(self.device):  # whose context must be the current one
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            check(self.cuda.cuLaunchKernel(self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None), name)
+            check(self.cuda.cuLaunchKernel(*launch), name)
 
-    def launch_edges(self, name, x, senders, chunk, **tensors):
-        """A kernel for each degree of the input. As many blocks as run at once take chunks of atoms in turn."""
-        args = fill(Args, x=x, senders=senders, n_atoms=len(x), chunk=chunk, cg=self.cg, **tensors)
+    def blocks(self, kernel, n_atoms, atoms=1):
+        """As many as run at once, which take nodes in turn."""
+        return min(-(-n_atoms // atoms), max(self.resident[kernel.function] // kernel.slabs, 1))
+
+    def launch_edges(self, name, x, senders, atoms=1, **tensors):
+        """The kernels of all degrees; a block takes `atoms` nodes at a time. Raises ValueError if there are too many."""
+        if max(x.numel(), 16 * len(senders)) >= 2**31:
+            raise ValueError(f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time")
+        args = fill(Args, x=x, senders=senders, n_atoms=len(x), cg=self.cg, **tensors)
         for k in self.shape.kernels[name]:
-            blocks = min(-(-len(x) // chunk), -(-self.resident[k.function] // k.slabs))
-            self.launch(k.function, (blocks, k.slabs), args, k.threads, k.shared)
-
-    def chunk(self, x):
-        """Neighbouring atoms for a block: they share neighbours, but all multiprocessors should have some."""
-        return min(max(len(x) // (4 * self.n_sm), 1), CHUNK)
+            self.launch(k.function, (self.blocks(k, len(x), atoms), k.slabs), args, k.threads, k.shared)
 
     def stored(self, t):
-        """As the kernels want it: float32, or float16, whose significand is TF32's."""
-        return t.contiguous() if self.shape.exact else t.half()
+        """As the kernels want it: float16, whose significand is TF32's; or, as float32, pairs of it that add up to a row of t."""
+        high = t.half()
+        return torch.cat([high, (t - high).half()], -1).view(torch.float32) if self.shape.exact else high
 
     def empty(self, *shape):
         return torch.empty(shape, dtype=torch.float32 if self.shape.exact else torch.float16, device=self.device)
 
     def harmonics(self, sh):
         """(E, (lmax+1)^2) -> (E, 8 (lmax+1)), as stored"""
-        out = self.empty(len(sh), 8 * (self.shape.lmax + 1)).zero_()
-        return out.index_copy_(1, self.components, sh.to(out.dtype))
+        out = sh.new_zeros(len(sh), 8 * (self.shape.lmax + 1))
+        return self.stored(out.index_copy(1, self.components, sh))
 
     def forward(self, name, out, x, sh, hidden, w3, senders, row_ptr, **tangents):
         if len(senders) == 0:
             return out.zero_()
-        self.launch_edges(name, x, senders, 1, sh=sh, hidden=hidden, w3=w3, row_ptr=row_ptr, out=out, **tangents)
+        self.launch_edges(name, x, senders, sh=sh, hidden=hidden, w3=w3, row_ptr=row_ptr, out=out, **tangents)
         return out
 
     def backward(self, mode, x, sh, hidden, w3, senders, row_ptr, gy, **tensors):
         """Adds to the gradients given, what `mode` of the kernel says: gx, gsh, gr; gx, gsh, gh; gx, gh, gslope."""
         if len(senders):
-            self.launch_edges(f"backward_{mode}", x, senders, 1, sh=sh, hidden=hidden, w3=w3, row_ptr=row_ptr, gy=gy, **tensors)
+            tensors = dict(sh=sh, hidden=hidden, w3=w3, row_ptr=row_ptr, gy=gy, **tensors)
+            self.launch_edges(f"backward_{mode}", x, senders, **tensors)
 
     def weight_grad(self, x, sh, hidden, senders, row_ptr, gy, **tangents):
         n, c, name = len(x), self.shape, f"weight_grad_{str(bool(tangents)).lower()}"
         if len(senders) == 0:
             return x.new_zeros(c.width, c.w_dim)
-        chunk = -(-self.chunk(x) // c.warps) * c.warps  # a whole number for each warp
-        blocks = max(min(-(-n // chunk), -(-self.resident[k.function] // k.slabs)) for k in c.kernels[name])
-        part = x.new_zeros(blocks * c.slots, c.width, c.w_dim)
-        self.launch_edges(name, x, senders, chunk, sh=sh, hidden=hidden, row_ptr=row_ptr, gy=gy, **tangents, gw3=part)
+        part = x.new_zeros(max(self.blocks(k, n, c.warps) for k in c.kernels[name]) * c.slots, c.width, c.w_dim)
+        self.launch_edges(name, x, senders, c.warps, sh=sh, hidden=hidden, row_ptr=row_ptr, gy=gy, **tangents, gw3=part)
         return part.sum(0)
 
     def geometry(self, name, vectors, **tensors):
@@ -1660,8 +1662,12 @@ class Conv(torch.autograd.Function):
         gx, gsh, gh, gy = torch.zeros_like(x), x.new_zeros(sh.shape), x.new_zeros(hidden.shape), gy.contiguous()
         ctx.k.backward(1, x, sh, hidden, w3, senders, row_ptr, gy, gx=gx, gsh=gsh, gh=gh)
         gw3 = ctx.k.weight_grad(x, sh, hidden, senders, row_ptr, gy)
-        gh = gh.view(len(gh), -1, 4, 2, 2).transpose(2, 3).reshape(gh.shape)  # see radial_back
-        return None, gx, gsh[:, ctx.k.components], gh, gw3, None, None
+        return None, gx, gsh[:, ctx.k.components], in_order(gh), gw3, None, None
+
+
+def in_order(gh):
+    """The gradient by `hidden`, of which `backward` leaves columns 2q, 2q+1, 2q+8, 2q+9 of 16 next to each other."""
+    return gh.view(*gh.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(gh.shape)
 
 
 class Edges(torch.autograd.Function):
@@ -1752,7 +1758,8 @@ def degree(x, muls, l):
 
 
 class Linear(torch.autograd.Function):
-    """The sum of linear maps, degree by degree, of features xs with channels muls_in to channels muls_out."""
+    """The sum of linear maps, degree by degree, of features xs with channels muls_in to channels muls_out. Weights have unit
+    variance: 1/sqrt(fan_in) is part of the product."""
 
     @staticmethod
     def forward(ctx, muls_out, muls_in, *tensors):
@@ -1762,9 +1769,8 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         for i, (x, muls) in enumerate(zip(xs, muls_in)):
             for l in range(min(len(muls), len(muls_out))):
-                w, y = weights.pop(0), degree(out, muls_out, l)
-                w = (w * muls[l] ** -0.5).expand(2 * l + 1, -1, -1)
-                torch.bmm(degree(x, muls, l), w, out=y) if i == 0 else y.baddbmm_(degree(x, muls, l), w)
+                y, w = degree(out, muls_out, l), weights.pop(0).expand(2 * l + 1, -1, -1)
+                torch.baddbmm(y, degree(x, muls, l), w, beta=min(i, 1), alpha=muls[l] ** -0.5, out=y)
         return out
 
     @staticmethod
@@ -1778,12 +1784,15 @@ class Linear(torch.autograd.Function):
             common = min(len(muls), len(ctx.muls_out))
             gx = (torch.empty_like if common == len(muls) else torch.zeros_like)(x) if need_x else None
             for l in range(common):
-                w, gy = weights.pop(0), degree(g, ctx.muls_out, l)
+                w, gy, scale = weights.pop(0), degree(g, ctx.muls_out, l), muls[l] ** -0.5
                 if need_x:
-                    torch.bmm(gy, (w.T * muls[l] ** -0.5).expand(2 * l + 1, -1, -1), out=degree(gx, muls, l))
+                    part = degree(gx, muls, l)
+                    torch.baddbmm(part, gy, w.T.expand(2 * l + 1, -1, -1), beta=0, alpha=scale, out=part)
+                gw = None
                 if need[n + len(gws)]:
-                    gw = degree(x, muls, l).reshape(-1, muls[l]).T @ gy.reshape(-1, gy.shape[2])
-                gws.append(gw * muls[l] ** -0.5 if need[n + len(gws)] else None)
+                    xl = degree(x, muls, l).reshape(-1, muls[l])
+                    gw = torch.addmm(w, xl.T, gy.reshape(-1, gy.shape[2]), beta=0, alpha=scale)
+                gws.append(gw)
             gxs.append(gx)
         return None, None, *gxs, *gws
 

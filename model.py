@@ -211,19 +211,24 @@ def oeq_error():
     return None if BUILT_EXTENSION else str(BUILT_EXTENSION_ERROR)
 
 
-def choose_conv(kind, device, dtype=torch.float32, width=64):
-    """"auto" -> the fastest convolution that works on `device`, for networks of `dtype` with a radial MLP of `width`.
+def choose_conv(kind, device, dtype=torch.float32, config=None):
+    """"auto" -> the fastest convolution that works on `device`, for networks of `dtype` and `config` (default: the paper's).
 
-    The fused kernels have no float64; plain torch stands in. Raises ValueError if the one asked for does not work.
+    The fused kernels have no float64, and their sums no fixed order; where float64 or, of torch, deterministic algorithms are
+    wanted, plain torch stands in. Raises ValueError if the one asked for does not work.
     """
     on_cuda = torch.device(device).type == "cuda"
-    fits = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0) and width % 64 == 0
+    config = {**Nequix.DEFAULTS, **(config or {})}
+    paper = config["radial_size"] == 64 and config["radial_layers"] == 2
+    fits = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0) and paper
+    if kind in ("auto", "fused") and torch.are_deterministic_algorithms_enabled():
+        return "torch"
     if kind == "auto":
         return "fused" if fits and dtype == torch.float32 else "oeq" if on_cuda and oeq_error() is None else "torch"
     if kind == "oeq" and (oeq_error() or not on_cuda):
         raise ValueError(f"--conv oeq does not work here ({oeq_error() or 'the model is not on a CUDA device'})")
     if kind == "fused" and not fits:
-        raise ValueError("--conv fused needs a CUDA device of compute capability 8.0 and a radial MLP 64, 128, ... wide")
+        raise ValueError("--conv fused needs a CUDA device of compute capability 8.0 and a radial MLP of 2 layers of 64")
     return "torch" if kind == "fused" and dtype == torch.float64 else kind
 
 
@@ -368,7 +373,7 @@ class Nequix(nn.Module):
         return self
 
     def chosen_conv(self):
-        return choose_conv(self.conv, self.e0.device, self.readout[0].dtype, self.config["radial_size"])
+        return choose_conv(self.conv, self.e0.device, self.readout[0].dtype, self.config)
 
     def fused(self, numbers, vectors, senders, row_ptr, keep=False):
         """`forward` by fused kernels, differentiable once, and by the vectors alone; and, to keep, what `fused_tangent` goes

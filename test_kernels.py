@@ -1,11 +1,10 @@
 """The fused kernels against plain torch in float64. On a GPU: python -m pytest -s test_kernels.py
 
-Without one, the generated algebra alone is checked, compiled as C++ for the CPU.
+Without one, their own source is compiled as C++ and run on the CPU, threads in turn: slow, and the same to the last sum.
 """
 
 import ctypes
 import functools
-import math
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +24,6 @@ from test_data import batch_of
 from test_model import SHARED, needs_shared, to
 from train import loss_and_gradient
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
 
 
@@ -143,7 +141,8 @@ static float full(unsigned h) {
   return h & 0x8000 ? -x : x;
 }
 static unsigned half2(float a, float b) { return half(a) | half(b) << 16; }
-static float pick(unsigned h, int second) { return full(second ? h >> 16 : h & 0xffff); }
+static float first(unsigned h) { return full(h & 0xffff); }
+static float second(unsigned h) { return full(h >> 16); }
 static float tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
 
 struct Product { float d[4]; };
@@ -167,8 +166,8 @@ static void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 struct Half { unsigned a[4], b[2]; };
 static void multiply_half(float (&d)[4], const Half& mine, int depth) {
   multiply(d, mine, depth,
-      [](const Half* v, int r, int k) { return pick(v[r % 8 * 4 + k % 8 / 2].a[r / 8 + k / 8 * 2], k % 2); },
-      [](const Half* v, int k, int n) { return pick(v[n * 4 + k % 8 / 2].b[k / 8], k % 2); });
+      [](const Half* v, int r, int k) { return (k % 2 ? second : first)(v[r % 8 * 4 + k % 8 / 2].a[r / 8 + k / 8 * 2]); },
+      [](const Half* v, int k, int n) { return (k % 2 ? second : first)(v[n * 4 + k % 8 / 2].b[k / 8]); });
 }
 static void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) { multiply_half(d, {{a0, a1}, {b0}}, 8); }
 static void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -203,6 +202,10 @@ static void wait_for_copies() {
 """
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_device = pytest.mark.skipif(not torch.cuda.is_available() and not shutil.which("g++"), reason="needs a CUDA GPU or g++")
+
+
 class OnCPU(kernels.Kernels):
     """The kernels' own source, compiled for the CPU."""
 
@@ -228,16 +231,17 @@ class OnCPU(kernels.Kernels):
         run(getattr(self.library, name), ctypes.byref(args), *grid, threads)
 
 
-def fused_on_cpu(muls_in, muls_out, *rest):
+@functools.lru_cache
+def fused_on_cpu(*shape):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "Kernels", OnCPU)
-        return fused_kernels.__wrapped__(muls_in, muls_out, *rest)
+        return fused_kernels.__wrapped__(*shape)
 
 
 def test_convolution_refuses_other_tensors():
-    k = SimpleNamespace(x_dim=4, sh_dim=1, width=64, w_dim=4)
+    k = SimpleNamespace(shape=SimpleNamespace(x_dim=4, lmax=0, width=64, w_dim=4), device=CUDA)
     row_ptr, senders = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
-    with pytest.raises(ValueError, match="x should be .2, 4. float32 on CUDA"):
+    with pytest.raises(ValueError, match="x should be .2, 4. float32 on cuda"):
         kernels.Conv.apply(k, torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4), senders, row_ptr)
 
 
@@ -252,51 +256,91 @@ SHAPES = [  # channels of x, lmax, channels of the result: the three of the pape
 ]
 
 
-@needs_cuda
+def numbers(stored):
+    """What `Kernels.stored` made of them"""
+    return stored.view(torch.float16).double().unflatten(-1, (2, -1)).sum(-2) if stored.dtype == torch.float32 else stored
+
+
+@needs_device
 @pytest.mark.parametrize("exact", [True, False], ids=["float32", "tf32"])
 @pytest.mark.parametrize("muls, lmax, muls_out", SHAPES)
 def test_kernels(muls, lmax, muls_out, exact):
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and sum(muls) > 128 and (exact or muls_out == (128,)):
+        pytest.skip("slow on the CPU, and the other shapes have it all")
+    device, n = (CUDA, 50) if on_gpu else (torch.device("cpu"), 8)
     torch.manual_seed(0)
-    k = fused_kernels(muls, muls_out, lmax, 64, exact, True, CUDA)
-    n = 50
-    counts = torch.randint(0, 60, (n,))
-    counts[:3] = torch.tensor([0, 1, 300])
-    row_ptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(CUDA)
-    e = int(counts.sum())
-    senders = torch.randint(0, n, (e,), device=CUDA)
-    randn = lambda *shape: torch.randn(*shape, device=CUDA)
-    x, sh, rd, w3 = randn(2, n, k.x_dim), randn(2, e, k.sh_dim), randn(e), randn(64, k.w_dim) / 8
-    hidden, gy = randn(2, e, 64), randn(2, n, k.y_dim)
+    k = (fused_kernels if on_gpu else fused_on_cpu)(muls, muls_out, lmax, 64, 8, exact, True, device)
+    counts = torch.randint(0, n, (n,))
+    counts[:3] = torch.tensor([0, 1, 6 * n])
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(device)
+    e, c = int(counts.sum()), k.shape
+    senders = torch.randint(0, n, (e,)).to(device)
+    randn = lambda *shape: torch.randn(*shape).to(device)
+    x, sh, rd, w3 = randn(2, n, c.x_dim), randn(2, e, (lmax + 1) ** 2), randn(e), randn(64, c.w_dim) / 8
+    hidden, gy = randn(2, e, 64), 1e-5 * randn(2, n, c.y_dim)  # gradients are small
 
     # Reference: values and tangents, the tangent as what it is, a sum of three convolutions
-    conv = torch_conv(muls, lmax, len(muls_out) - 1, torch.float64, CUDA)
+    conv = torch_conv(muls, lmax, len(muls_out) - 1, torch.float64, device)
     X, S, H, W = (t.double().requires_grad_() for t in (x, sh, hidden, w3))
     y = conv(X[0], S[0], H[0], W, senders, row_ptr)
     yd = conv(X[1], S[0], H[0], W, senders, row_ptr) + conv(X[0], S[1], H[0], W, senders, row_ptr)
     yd = yd + conv(X[0], S[0], H[1] * rd.double()[:, None], W, senders, row_ptr)
-    first = torch.autograd.grad(y, (X, S, H), gy[0].double(), retain_graph=True)
-    both = torch.autograd.grad((y * gy[0].double()).sum() + (yd * gy[1].double()).sum(), (X, S, H, W), retain_graph=True)
+    first = torch.autograd.grad(y, (X, S, H, W), gy[0].double(), retain_graph=True)
+    both = torch.autograd.grad((y * gy[0].double()).sum() + (yd * gy[1].double()).sum(), (X, H, W))
 
-    stored = k.stored(hidden)
-    edges = sh[0], stored[0], w3, senders, row_ptr
-    tangents = dict(xd=x[1], shd=sh[1], slope=stored[1], rd=rd)
+    stored, harmonics = k.stored(hidden), [k.harmonics(s) for s in sh]
+    edges = harmonics[0], stored[0], w3, senders, row_ptr
+    tangents = dict(xd=x[1], shd=harmonics[1], slope=stored[1], rd=rd)
     error = {}
     error["y"] = distance(k.forward("forward_false", torch.full_like(gy[0], torch.nan), x[0], *edges), y)
     error["yd"] = distance(k.forward("forward_true", torch.full_like(gy[0], torch.nan), x[0], *edges, **tangents), yd)
-    gx, gsh, gr = torch.zeros_like(x[0]), torch.zeros_like(sh[0]), torch.zeros_like(rd)
+    gx, gsh, gr = torch.zeros_like(x[0]), torch.zeros(harmonics[0].shape, device=device), torch.zeros_like(rd)
     k.backward(0, x[0], *edges, gy[0], slope=stored[1], gx=gx, gsh=gsh, gr=gr)
-    error["0 x"], error["0 sh"] = distance(gx, first[0][0]), distance(gsh, first[1][0])
+    error["0 x"], error["0 sh"] = distance(gx, first[0][0]), distance(gsh[:, k.components], first[1][0])
     error["0 r"] = distance(gr, (first[2][0] * H[1]).sum(1).detach())
     leaves = [v.clone().requires_grad_() for v in (x[0], sh[0], hidden[0], w3)]
-    out = kernels.Conv.apply(k, *leaves, senders, row_ptr)
-    expected = [first[0][0], first[1][0], first[2][0], torch.autograd.grad(y, W, gy[0].double(), retain_graph=True)[0]]
-    for name, a, b in zip(("1 x", "1 sh", "1 h", "1 w"), torch.autograd.grad(out, leaves, gy[0]), expected):
+    grads = torch.autograd.grad(kernels.Conv.apply(k, *leaves, senders, row_ptr), leaves, gy[0])
+    for name, a, b in zip(("1 x", "1 sh", "1 h", "1 w"), grads, (first[0][0], first[1][0], first[2][0], first[3])):
         error[name] = distance(a, b)
     gx, gh = torch.zeros_like(x[0]), torch.zeros_like(hidden)
     k.backward(2, x[0], *edges, gy[0], gyd=gy[1], gx=gx, gh=gh, gslope=gh[1], **tangents)
-    error["2 x"], error["2 h"] = distance(gx, both[0][0]), distance(gh, both[2])
-    gw = k.weight_grad(x[0], sh[0], stored[0], senders, row_ptr, gy[0], gyd=gy[1], **tangents)
-    error["2 w"] = distance(gw, both[3])
+    error["2 x"] = distance(gx, both[0][0])
+    error["2 h"] = distance(kernels.in_order(gh), both[1])
+    gw = k.weight_grad(x[0], harmonics[0], stored[0], senders, row_ptr, gy[0], gyd=gy[1], **tangents)
+    error["2 w"] = distance(gw, both[2])
+
+    # The radial MLP, with tangents
+    basis, w1, w2 = randn(2, e, 8), randn(8, 64) / 3, randn(64, 64) / 4
+    W1, W2 = (w.double().requires_grad_() for w in (w1, w2))
+    silu = torch.nn.functional.silu
+    b, bd = basis.double()
+    h, hd = torch.func.jvp(lambda b: silu(silu(b @ W1) @ W2), (b,), (bd,))
+    padded = k.stored(torch.nn.functional.pad(basis, (0, 8)))
+    error["mlp"] = distance(numbers(k.radial(padded, [w1, w2])), torch.stack([h, hd]))
+    ghs = 1e-5 * randn(2, e, 64)
+    expected = torch.autograd.grad((h * ghs[0]).sum() + (hd * ghs[1]).sum(), (W1, W2))
+    shuffled = ghs.view(2, e, 4, 2, 4, 2).transpose(3, 4).reshape(2, e, 64)
+    assert torch.equal(kernels.in_order(shuffled), ghs)
+    for name, a, b in zip(("mlp w1", "mlp w2"), k.radial_back(shuffled, padded, [w1, w2]), expected):
+        error[name] = distance(a, b)
+
+    # Edge vectors
+    v, d = (randn(e, 3).double() for _ in range(2))
+    leaf = v.clone().requires_grad_()
+    got = kernels.Edges.apply(k, leaf, 2.0, 6.0)
+    r = torch.linalg.vector_norm(v, dim=1)
+    embed = lambda v: nequix.spherical_harmonics(v / torch.linalg.vector_norm(v, dim=1)[:, None], lmax)
+    basis = torch.func.jvp(lambda r: nequix.radial_basis(r, 2.0, 8, 6.0), (r,), (torch.ones_like(r),))
+    error["sh"] = distance(numbers(got[0])[:, k.components], embed(v))
+    error["basis"] = distance(numbers(got[1])[..., :8], torch.stack(basis))
+    shd, rdot = kernels.edge_tangents(k, v, d)
+    expected = torch.func.jvp(lambda v: (embed(v), torch.linalg.vector_norm(v, dim=1)), (v,), (d,))[1]
+    error["shd"], error["rd"] = distance(numbers(shd)[:, k.components], expected[0]) if lmax else 0, distance(rdot, expected[1])
+    gs, gr = randn(e, (lmax + 1) ** 2), randn(e)
+    by_sh = torch.zeros(e, 8 * (lmax + 1), device=device).index_copy(1, k.components, gs)
+    expected = torch.func.vjp(lambda v: (embed(v), torch.linalg.vector_norm(v, dim=1)), v)[1]((gs.double(), gr.double()))[0]
+    error["g"] = distance(torch.autograd.grad(got[2:], leaf, (by_sh, gr))[0], expected)
     print({name: f"{v:.1e}" for name, v in error.items()})
     assert max(error.values()) < (1e-6 if exact else 1e-3)
 
@@ -319,25 +363,26 @@ def structures():
     return out
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_step_without_double_backward(norm, monkeypatch):
-    """The gradient of the loss by tangents against autograd's double backward; plain torch stands in for the kernels."""
-    model, batch = random_model(norm, "12x0e+6x1o+4x2e").to("cpu"), batch_on("cpu", structures())
+    """The gradient of the loss by tangents, on the CPU, against autograd's double backward."""
+    model, batch = random_model(norm, "12x0e+6x1o+4x2e", layers=3).to("cpu"), batch_on("cpu", structures()[::4])
     reference = gradients(model, batch, "torch", torch.float64)
-    monkeypatch.setattr(nequix, "fused_kernels", functools.lru_cache(fused_on_cpu))
+    monkeypatch.setattr(nequix, "fused_kernels", fused_on_cpu)
     monkeypatch.setattr(nequix, "choose_conv", lambda kind, *_: kind)
     loss, efs, grads = gradients(model, batch, "fused", torch.float32)
     assert abs(loss / reference[0] - 1) < 1e-5
-    assert distance(efs[0], reference[1][0]) < 1e-5 and distance(efs[1], reference[1][1]) < 1e-5
+    assert (efs[0] - reference[1][0]).abs().max() < 2e-6 and distance(efs[1], reference[1][1]) < 1e-5  # eV
     assert distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference[2]])) < 1e-5
     with pytest.raises(ValueError, match="differentiable once"):
         energy_forces_stress(model, batch, create_graph=True)
 
 
-def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o"):
+def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o", layers=4):
     torch.manual_seed(2)
     stats = dict(avg_n_neighbors=40.0, scale=0.8, shift=0.1, atomic_numbers=[1, 6, 8, 11, 14, 17, 26], atom_energies=[0.0] * 7)
-    model = Nequix({**stats, "norm": norm, "hidden": hidden, "lmax": hidden.count("+")})
+    model = Nequix({**stats, "norm": norm, "hidden": hidden, "lmax": hidden.count("+"), "layers": layers})
     for p in model.parameters():
         if p.ndim == 1:
             p.data += 0.3 * torch.randn_like(p)
@@ -348,7 +393,7 @@ def gradients(model, batch, conv, dtype):
     model.conv = conv
     model = model.to(dtype).requires_grad_()
     model.zero_grad()
-    loss = loss_and_gradient(model, batch, (20.0, 20.0, 500.0), (5, len(batch.numbers), 27))
+    loss = loss_and_gradient(model, batch, (20.0, 20.0, 500.0), (len(batch.cell), len(batch.numbers), 27))
     efs = [t.detach() for t in energy_forces_stress(model, batch)]
     return loss, efs, [p.grad.clone() for p in model.parameters()]
 
@@ -405,3 +450,45 @@ def test_cuda_graph_of_the_calculator(tmp_path):
         assert np.abs(atoms.get_stress() - expected[2]).max() < 1e-5 * np.abs(expected[2]).max()
         lists.add(id(calc.listed[0]))
     assert calc.replay is not None and len(lists) > 1
+
+
+@needs_cuda
+def test_the_hessian_is_symmetric():
+    """Central differences of forces, float32: |J - J^T| / |J + J^T|, which kernels with a wrong l = 3 would show."""
+    model, atoms, h = random_model(), bulk("NaCl", "rocksalt", 5.6) * (2, 2, 1), 0.02
+    atoms.rattle(0.1, rng=np.random.default_rng(0))
+    for conv in ["torch", "fused", *([] if nequix.oeq_error() else ["oeq"])]:
+        model.conv, columns = conv, []
+        for i in range(3 * len(atoms)):
+            forces = []
+            for sign in (1, -1):
+                moved = atoms.copy()
+                moved.positions[i // 3, i % 3] += sign * h
+                forces.append(energy_forces_stress(model, to(batch_of([moved], 6.0), CUDA))[1].flatten())
+            columns.append((forces[0] - forces[1]) / (2 * h))
+        j = torch.stack(columns)
+        print(f"{conv}: |J - J^T| / |J + J^T| = {(j - j.T).norm() / (j + j.T).norm():.1e}")
+        assert (j - j.T).norm() < 1e-3 * (j + j.T).norm()
+
+
+@needs_cuda
+def test_several_streams():
+    k = fused_kernels((12,), (7,), 0, 64, 8, True, True, CUDA)
+    row_ptr, senders = torch.arange(0, 40001, 20, device=CUDA), torch.randint(0, 2000, (40000,), device=CUDA)
+    randn = lambda *shape: torch.randn(*shape, device=CUDA)
+    inputs = [(randn(2000, 12), randn(40000, 1), randn(40000, 64), randn(64, 12), senders, row_ptr) for _ in range(6)]
+    expected = [kernels.Conv.apply(k, *x) for x in inputs]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in inputs], []
+    for stream, x in zip(streams, inputs):
+        with torch.cuda.stream(stream):
+            results.append(kernels.Conv.apply(k, *x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+def test_deterministic_algorithms_are_kept(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert nequix.choose_conv("auto", "cuda") == "fused"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert nequix.choose_conv("auto", "cuda") == nequix.choose_conv("fused", "cuda") == "torch"

@@ -220,7 +220,7 @@ def default_max_edges(model, device):
     for layer in model.layers:
         w = layer.radial[-1].shape[1]
         messages = sum((2 * l + 1) * m for l, m in enumerate(layer.muls_mid))
-        floats += dict(torch=w + 2 * messages, oeq=w, fused=100)[model.chosen_conv()]
+        floats += dict(torch=w + 2 * messages, oeq=w, fused=45)[model.chosen_conv()]
     return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / (12 * 4 * floats)), 10_000)
 
 
