@@ -29,7 +29,7 @@ Kernels: `forward` (of values or tangents), `backward` (of values, or of both), 
 
 Modes. exact=False takes float16 for the operands of matrix products: its significand is TF32's. exact=True takes pairs of
 them, 22 bits, and three products: float32 accuracy. Gradients are brought to about 1 before, so that their size does not
-matter; but features and weights beyond 65504 overflow, and below 1e-4 they lose digits.
+matter; but features and weights beyond 65504 overflow, and below 6e-5 they lose digits.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ const int HARMONICS = 8 * (LMAX + 1);  // of an edge: 8 for each degree, the las
 
 // Operands of products of 8 x 8 matrices, in float16. `A8`: 16 rows, a thread has columns 2q, 2q+1 of rows g and g+8; `B8`:
 // rows 2q, 2q+1 of column g. So an accumulator is the next operand. EXACT: two float16 a number, the second what the first
-// one leaves, 22 bits together; stored one after the other, a row or a matrix each.
+// one leaves times 2^11, 22 bits together; stored one after the other, a row or a matrix each.
 typedef unsigned short Stored;
 #if EXACT
 struct A8 { unsigned v[2], low[2]; };
@@ -143,7 +143,7 @@ struct B8 { unsigned v; };
 #endif
 const int TILE = EXACT ? 128 : 64, PLANE = K / 8 * TILE;  // of a matrix; of K/8 in a row
 const int SH_SIZE = HARMONICS * (1 + EXACT), HIDDEN_SIZE = K * (1 + EXACT);  // of a row
-DEV unsigned rest(unsigned h, float a, float b) { return half2(a - first(h), b - second(h)); }
+DEV unsigned rest(unsigned h, float a, float b) { return half2(2048 * (a - first(h)), 2048 * (b - second(h))); }
 
 // float32, by a high and a low part of each operand; the sum is rounded as float32 sums are. Columns of a are 2q, 2q+1.
 DEV void product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
@@ -171,22 +171,22 @@ DEV void couple(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 
 DEV void mma8(float (&d)[4], const A8& a, const B8& b) {
 #if EXACT
-  float t[4] = {0, 0, 0, 0};
-  mma_half(t, a.low[0], a.low[1], b.v);
-  mma_half(t, a.v[0], a.v[1], b.low);
+  float t[4] = {0, 0, 0, 0}, low[4] = {0, 0, 0, 0};
+  mma_half(low, a.low[0], a.low[1], b.v);
+  mma_half(low, a.v[0], a.v[1], b.low);
   mma_half(t, a.v[0], a.v[1], b.v);
-  EACH(i, 4) d[i] += t[i];
+  EACH(i, 4) d[i] += t[i] + low[i] / 2048;
 #else
   mma_half(d, a.v[0], a.v[1], b.v);
 #endif
 }
 DEV void mma16(float (&d)[4], const A8& a, const A8& a1, const B8& b, const B8& b1) {
 #if EXACT
-  float t[4] = {0, 0, 0, 0};
-  mma_half(t, a.low[0], a.low[1], a1.low[0], a1.low[1], b.v, b1.v);
-  mma_half(t, a.v[0], a.v[1], a1.v[0], a1.v[1], b.low, b1.low);
+  float t[4] = {0, 0, 0, 0}, low[4] = {0, 0, 0, 0};
+  mma_half(low, a.low[0], a.low[1], a1.low[0], a1.low[1], b.v, b1.v);
+  mma_half(low, a.v[0], a.v[1], a1.v[0], a1.v[1], b.low, b1.low);
   mma_half(t, a.v[0], a.v[1], a1.v[0], a1.v[1], b.v, b1.v);
-  EACH(i, 4) d[i] += t[i];
+  EACH(i, 4) d[i] += t[i] + low[i] / 2048;
 #else
   mma_half(d, a.v[0], a.v[1], a1.v[0], a1.v[1], b.v, b1.v);
 #endif
@@ -1568,9 +1568,9 @@ class Kernels:
             self.launch(k.function, (self.blocks(k, len(x), atoms), k.slabs), args, k.threads, k.shared)
 
     def stored(self, t):
-        """As the kernels want it: float16, whose significand is TF32's; or, as float32, pairs of it that add up to a row of t."""
+        """As the kernels want it: float16; or, in the guise of float32, a row of high and one of low parts (times 2^11) of it."""
         high = t.half()
-        return torch.cat([high, (t - high).half()], -1).view(torch.float32) if self.shape.exact else high
+        return torch.cat([high, (2048 * (t - high)).half()], -1).view(torch.float32) if self.shape.exact else high
 
     def empty(self, *shape):
         return torch.empty(shape, dtype=torch.float32 if self.shape.exact else torch.float16, device=self.device)
