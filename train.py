@@ -586,6 +586,8 @@ def train(a, device, dtype, rank, ranks):
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
         f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_h:.5f}"
     )
+    if ranks > 1:
+        dist.barrier()  # leave together: one that tears its connections down while others work may be aborted
 
 
 def main():
