@@ -140,7 +140,7 @@ def training(path, device, conv, batches, steps):
     print(f"{len(frames)} frames, {packed.n_atoms[frames].mean():.1f} atoms and {edges:.0f} edges on average; intervals of {steps} steps")
     print(f"{'batch':>8}{'ms/step':>30}{'structures/s':>30}{'memory_GiB':>12}")
     for size in batches:
-        counts = [label_counts(packed, frames)[i] * size / len(frames) for i in range(3)]
+        counts = [n * size / len(frames) for n in label_counts(packed, frames)]
 
         def run(n):
             pieces = [np.resize(rng.permutation(frames), size) for _ in range(n)]

@@ -56,8 +56,6 @@ BOUNDS = {
 # 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
 # weights need this constant: the one e3nn samples for torch differs from it in the third digit.
 SILU_NORM = 1.6765620560798837
-WARPS = 4  # of a block at most
-
 # What the kernels ask of the GPU, in PTX. test_kernels.py has the same in C++, and so runs all else on a CPU.
 HARDWARE = r"""
 typedef long long i64;
@@ -368,12 +366,6 @@ const int D1 = {D1}, NP = {NP}, MUL = {MUL}, XOFF = {XOFF}, CG = {CG};
 // Coupling coefficients of path p and component m of x: row m3 of 8, column m2 of 8
 DEV const float* coupling(const Args& A, int p, int m) {{ return A.cg + (CG + p * D1 + m) * 64; }}
 
-// Channels u.. of the gradient of path p at a node, as an operand with components m3 in columns
-DEV Pair load_gy(const float* gy, int p, int m3, int second) {{
-  if (m3 >= D3(p)) return {{0, 0}};
-  return load2(gy + Y(p) + m3 * STRIDE(p), second);
-}}
-
 // Matrices of w3 (8 channels x 8 rows) of paths from `first` on, of n channels from u0 on: for each octet those of its
 // paths; PAIRS: for each path those of the even and of the odd of 16 channels.
 template <bool PAIRS>
@@ -539,8 +531,10 @@ DEV void backward(const Args& A, int u0, char* memory) {{
       const int c = min(u0 + 8 * warp + g, MUL - 1);
       float a[NP][4], top = 0;
       EACH(p, NP) EACH(i, 2) {{
-        a[p][2 * i] = load_gy(A.gy + (i64)node * YDIM + c, p, q + 4 * i, 0).v[0];
-        a[p][2 * i + 1] = MODE == 2 ? load_gy(A.gyd + (i64)node * YDIM + c, p, q + 4 * i, 0).v[0] : 0;
+        const i64 at = (i64)node * YDIM + Y(p) + (q + 4 * i) * STRIDE(p) + c;
+        const bool there = q + 4 * i < D3(p);
+        a[p][2 * i] = there ? __ldg(A.gy + at) : 0;
+        a[p][2 * i + 1] = MODE == 2 && there ? __ldg(A.gyd + at) : 0;
       }}
       EACH(p, NP) EACH(i, 4) top = fmaxf(top, fabsf(a[p][i]));
       const int e = magnitude(mine ? top : 0);
@@ -698,6 +692,12 @@ DEV void backward(const Args& A, int u0, char* memory) {{
     }}
   }}
   wait_for_copies();
+}}
+
+// Two channels of the gradient of path p at a node, as an operand with components m3 in columns
+DEV Pair load_gy(const float* gy, int p, int m3, int second) {{
+  if (m3 >= D3(p)) return {{0, 0}};
+  return load2(gy + Y(p) + m3 * STRIDE(p), second);
 }}
 
 // What `weight_grad` reads of 8 edges
@@ -1291,7 +1291,7 @@ DEV void gated_degree_back(const Nodes& A, Sums& sums, float* gw_gate, float* gw
 
 
 def node_source(muls_out, norm):
-    """CUDA source of norm and gate for a layer of `muls_out` channels, and the sizes of a row before and after it."""
+    """CUDA source of norm and gate for a layer of `muls_out` channels, the size of a row after it, and the number of weights."""
     gates = sum(muls_out[1:])
     channels = [muls_out[0] + gates, *muls_out[1:]]
     v_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(channels)]]).tolist()
@@ -1325,19 +1325,19 @@ def node_source(muls_out, norm):
     for dual in "false", "true":
         tails += [f'extern "C" __global__ void norm_gate_{dual}(const Nodes A) {{ norm_gate<{dual}>(A); }}']
         tails += [f'extern "C" __global__ void norm_gate_back_{dual}(const Nodes A) {{ norm_gate_back<{dual}>(A); }}']
-    return heads + NODES + "\n".join(tails), v_off[-1], o_off[-1], w_off[-1]
+    return heads + NODES + "\n".join(tails), o_off[-1], w_off[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The source of a layer's shape
 
 
-def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps=WARPS):
+def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
     """CUDA source of all kernels of one layer's shape; its constants; and the table of coupling coefficients that they take.
 
     muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1,
-    2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64; n_basis: inputs of the radial MLP; warps: of a
-    block, 4, 2 or 1.
+    2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64; n_basis: inputs of the radial
+    MLP; warps: of a block, 4, 2 or 1.
     """
     l_out = len(muls_out) - 1
     mid, column, columns, channel = [0] * (l_out + 1), 0, [], []
@@ -1358,7 +1358,6 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps=WARPS
     ]
     stored = 4 if exact else 2  # bytes of a matrix element
     by_l1 = [[(p, *rest) for p, rest in enumerate(paths) if rest[1] == l1] for l1 in range(len(muls))]
-    chunks = [-(-len(ps) // max(-(-len(ps) * (2 * l1 + 1) // 24), -(-len(ps) // 4))) for l1, ps in enumerate(by_l1)]  # of paths, a warp in `forward`
     edges = 16 * (8 * (lmax + 1) * stored + 16 + width * stored + 16)
     c.slots = max(warps // count_groups(m, warps) for m in muls)  # partial sums of weight_grad, a block
     table, c.kernels = [], {plain(name): [] for name in BOUNDS}
@@ -1375,7 +1374,8 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps=WARPS
         c.kernels[plain(name)].append(SimpleNamespace(function=function, threads=threads, shared=shared, slabs=begin))
 
     for l1 in reversed(range(len(muls))):  # long ones first
-        ps, d, mul, step = by_l1[l1], 2 * l1 + 1, muls[l1], chunks[l1]
+        ps, d, mul = by_l1[l1], 2 * l1 + 1, muls[l1]
+        step = -(-len(ps) // max(-(-len(ps) * d // 24), -(-len(ps) // 4)))  # paths of a warp in `forward`: registers hold 24 of Z
         values = dict(
             COLUMN=[columns[p] for p, *_ in ps],
             L2=[l2 for _, _, _, l2, _ in ps],
@@ -1414,7 +1414,7 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps=WARPS
     weights, basis = (c.basis + width) * width * stored, 32 * warps * rows(c.basis)
     c.mlp = weights + basis, weights + basis + 6 * 16 * warps * rows(width) + 16
     code += [f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", MLP, GEOMETRY]
-    nodes, c.v_dim, c.f_dim, c.n_weights = node_source(muls_out, norm)
+    nodes, c.f_dim, c.n_weights = node_source(muls_out, norm)
     return "\n".join([*code, nodes]), c, np.array(table, np.float32)
 
 
@@ -1438,7 +1438,7 @@ class Args(ctypes.Structure):
 
 
 def fill(arguments, **values):
-    """A kernel's arguments, of integers and tensors; None: a null pointer."""
+    """A kernel's arguments, of numbers and tensors; None: a null pointer."""
     return arguments(**{k: v if isinstance(v, (int, float)) else v.data_ptr() for k, v in values.items() if v is not None})
 
 
@@ -1507,11 +1507,10 @@ class Kernels:
     def __init__(self, muls, muls_out, paths, lmax, width, n_basis, exact, norm, device):
         self.device = torch.empty(0, device=device).device  # with its index
         args = (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
-        code, self.shape, table = source(*args)
-        limit, most = self.shared_memory(), lambda c: max(*c.mlp, *[k.shared for ks in c.kernels.values() for k in ks])
-        warps = max((w for w in (1, 2, 4) if most(source(*args, w)[1]) <= limit), default=1)
-        if warps < WARPS:
+        for warps in (4, 2, 1):  # as the device's shared memory allows
             code, self.shape, table = source(*args, warps)
+            if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= self.shared_memory():
+                break
         self.cg = torch.from_numpy(table).to(self.device)
         components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
         self.components = torch.tensor(components, device=self.device)  # where harmonics are among those as stored

@@ -35,6 +35,7 @@ def distance(a, b):
 HOST = r"""
 // A GPU for the CPU, one block at a time: threads are coroutines, which go on in turn; what a warp does together waits for all.
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -120,7 +121,10 @@ static auto together(const T& mine, F f) {
   __syncwarp();
   return result;
 }
-template <class T> static T __ldg(const T* p) { return *p; }
+template <class T> static T __ldg(const T* p) {
+  if ((size_t)p % sizeof(T)) abort();  // as a GPU would
+  return *p;
+}
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static void atomicAdd(float* p, float x) { *p += x; }
@@ -211,8 +215,10 @@ class OnCPU(kernels.Kernels):
 
     n_sm = 1
 
+    limit = 1 << 18
+
     def shared_memory(self):
-        return 1 << 18
+        return self.limit
 
     def compile(self, code):
         launches = "\n".join(
@@ -223,12 +229,12 @@ class OnCPU(kernels.Kernels):
             file = Path(folder) / "kernels.cpp"
             file.write_text(HOST + code.removeprefix(kernels.HARDWARE) + launches)
             subprocess.run(["g++", "-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-o", f"{file}.so", file], check=True)
-            self.library = ctypes.CDLL(f"{file}.so")
+            self.compiled = ctypes.CDLL(f"{file}.so")
         self.resident = {k.function: 2 for ks in self.shape.kernels.values() for k in ks} | dict(radial_mlp=2, radial_mlp_back=2)
 
     def launch(self, name, grid, args, threads, shared=0):
-        run = getattr(self.library, f"launch_{type(args).__name__}")
-        run(getattr(self.library, name), ctypes.byref(args), *grid, threads)
+        run = getattr(self.compiled, f"launch_{type(args).__name__}")
+        run(getattr(self.compiled, name), ctypes.byref(args), *grid, threads)
 
 
 @functools.lru_cache
@@ -272,8 +278,23 @@ def test_kernels(muls, lmax, muls_out, exact):
     if not on_gpu and sum(muls) > 128 and (exact or muls_out == (128,)):
         pytest.skip("slow on the CPU, and the other shapes have it all")
     device, n = (CUDA, 50) if on_gpu else (torch.device("cpu"), 8)
-    torch.manual_seed(0)
     k = (fused_kernels if on_gpu else fused_on_cpu)(muls, muls_out, lmax, 64, 8, exact, True, device)
+    check_kernels(k, muls, muls_out, n)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("limit, warps", [(45_000, 2), (1, 1)])
+def test_a_gpu_with_less_shared_memory(limit, warps, monkeypatch):
+    monkeypatch.setattr(OnCPU, "limit", limit)
+    k = fused_on_cpu.__wrapped__((24, 12), (24, 12), 1, 64, 8, False, True, torch.device("cpu"))
+    assert k.shape.warps == warps
+    check_kernels(k, (24, 12), (24, 12), 8)
+
+
+def check_kernels(k, muls, muls_out, n):
+    """Of n atoms: every output and gradient."""
+    torch.manual_seed(0)
+    exact, lmax, device = k.shape.exact, k.shape.lmax, k.device
     counts = torch.randint(0, n, (n,))
     counts[:3] = torch.tensor([0, 1, 6 * n])
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(device)
