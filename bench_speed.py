@@ -48,8 +48,8 @@ def warm(atoms, kelvin=300):
 
 
 def ase_steps(calc, sizes, steps):
-    """Velocity Verlet at 300 K, 1 fs; and apart: making the list, its vectors at new positions, the model."""
-    columns = "atoms edges/list ms/step median lists rebuild_ms batch_ms model_ms memory_GiB".split()
+    """Velocity Verlet at 300 K, 1 fs; and apart: making the list, seeing that it is complete, the model."""
+    columns = "atoms edges/list ms/step median lists rebuild_ms locate_ms model_ms memory_GiB".split()
     print(f"{'':9}" + "".join(f"{c:>12}" for c in columns))
     for symbol, n in itertools.product(("Si", "C"), sizes):
         atoms = crystal(symbol, n)
@@ -66,15 +66,15 @@ def ase_steps(calc, sizes, steps):
             times.append(clock(calc.device) - start)
             lists, made = lists + (calc.listed is not made), calc.listed
         parts = []
-        for part in ("rebuild", "batch", "model"):
+        for part in ("rebuild", "locate", "model"):
             start = clock(calc.device)
             for _ in range(10):
                 if part == "rebuild":
                     calc.listed = None
                 if part != "model":
-                    batch = calc.batch(atoms)
+                    place = calc.locate(atoms)
                 else:
-                    calc.evaluate(batch, again=True)
+                    calc.evaluate(place, again=True)
             parts.append((clock(calc.device) - start) * 100)
         memory = torch.cuda.max_memory_allocated(calc.device) / 2**30 if calc.device.type == "cuda" else 0
         parts = [1000 * np.mean(times), 1000 * np.median(times), lists, *parts, memory]

@@ -78,7 +78,8 @@ class Replay:
 
     def __init__(self, model, listed):
         edges = len(listed.senders) * 5 // 4 + 256  # room for longer lists. Edges outside row_ptr count for nothing.
-        self.batch = b = dataclasses.replace(listed, positions=listed.positions.clone(), cell=listed.cell.clone())
+        self.place = torch.cat([listed.positions, listed.cell[0]])
+        self.batch = b = dataclasses.replace(listed)
         b.senders, b.receivers = listed.senders.new_zeros(edges), listed.receivers.new_zeros(edges)
         b.row_ptr, b.shifts = listed.row_ptr.clone(), listed.shifts.new_ones(edges, 3)
         self.fill(listed)
@@ -91,7 +92,7 @@ class Replay:
             self.out = self.run(model)
 
     def run(self, model):
-        return flat(energy_forces_stress(model, at(self.batch, self.batch.positions, self.batch.cell)))
+        return flat(energy_forces_stress(model, at(self.batch, *apart(self.place))))
 
     def fill(self, listed):
         """Take over another list of edges; False if there is no room."""
@@ -103,11 +104,15 @@ class Replay:
         self.listed = listed
         return True
 
-    def __call__(self, batch):
-        self.batch.positions.copy_(batch.positions)
-        self.batch.cell.copy_(batch.cell)
+    def __call__(self, place):
+        self.place.copy_(place)
         self.graph.replay()
         return self.out
+
+
+def apart(place):
+    """Positions (A, 3) and cell (1, 3, 3), which travel to the GPU as one tensor (A+3, 3)"""
+    return place[:-3], place[None, -3:]
 
 
 def flat(results):
@@ -356,35 +361,45 @@ class NequixCalculator(Calculator):
         if "stress" in properties and not atoms.pbc.all():
             raise PropertyNotImplementedError("stress exists only where the cell is periodic in three directions")
         before = self.listed
-        batch = self.batch(atoms)
-        out = self.evaluate(batch, again=before is self.listed).cpu().numpy()  # one wait for the GPU
+        place = self.locate(atoms)
+        out = self.evaluate(place, again=before is self.listed).cpu().numpy()  # one wait for the GPU
         if not math.isfinite(out[0]):
             raise ValueError("the energy is not finite: two atoms at one place?")
         self.results = dict(energy=float(out[0]), free_energy=float(out[0]), forces=out[10:].reshape(-1, 3))
         if atoms.pbc.all():
             self.results["stress"] = full_3x3_to_voigt_6_stress(out[1:10].reshape(3, 3))
         if "energies" in properties:  # seldom asked for: another pass
+            batch = self.batch(atoms)
             energies = self.model(batch.numbers, batch.vectors, batch.senders, batch.row_ptr)
             energies = energies + self.model.e0[self.model.species[batch.numbers]]
             self.results["energies"] = energies.cpu().numpy()
 
-    def evaluate(self, batch, again):
+    def evaluate(self, place, again):
         """`flat` results; by a CUDA graph once a structure has come again, as long as launches and not edges cost."""
         listed, numbers, pbc = self.listed[:3]
-        if self.model.chosen_conv() != "fused" or len(listed.senders) > LAUNCH_BOUND:
-            return flat(energy_forces_stress(self.model, batch))
-        atoms = numbers.tolist(), pbc.tolist()
-        same = self.replay is not None and self.replayed == atoms
-        if not same or (self.replay.listed is not listed and not self.replay.fill(listed)):
-            if not again:
-                return flat(energy_forces_stress(self.model, batch))
-            self.replay, self.replayed = None, atoms
-            with torch.cuda.device(self.device):
-                self.replay = Replay(self.model, listed)
-        return self.replay(batch)
+        if self.model.chosen_conv() == "fused" and len(listed.senders) <= LAUNCH_BOUND:
+            atoms = numbers.tolist(), pbc.tolist()
+            same = self.replay is not None and self.replayed == atoms
+            if same and (self.replay.listed is listed or self.replay.fill(listed)):
+                return self.replay(place)
+            if again:
+                self.replay, self.replayed = None, atoms
+                with torch.cuda.device(self.device):
+                    self.replay = Replay(self.model, listed)
+                return self.replay(place)
+        return flat(energy_forces_stress(self.model, self.moved(place)))
 
     def batch(self, atoms):
         """One structure as a Batch, from the list with a skin while that is complete."""
+        return self.moved(self.locate(atoms))
+
+    def moved(self, place):
+        listed = self.listed[0]
+        # Where edges are few, launches and not edges cost: then nothing waits for the GPU.
+        return at(listed, *apart(place.to(self.device)), self.cutoff if len(listed.senders) > LAUNCH_BOUND else None)
+
+    def locate(self, atoms):
+        """Positions and cell, (A+3, 3) on the host; for which the list is then complete."""
         numbers, positions, pbc = (torch.from_numpy(x) for x in (atoms.numbers, atoms.positions, atoms.pbc[None]))
         cell = torch.from_numpy(atoms.cell.array)[None]
         if self.listed is not None:
@@ -393,16 +408,13 @@ class NequixCalculator(Calculator):
                 completed = completed if torch.equal(cell, given) else data.complete_cell(cell, pbc)
                 structure = torch.zeros(len(atoms), dtype=torch.int64)
                 if still_complete(at_positions, inverse_cell, positions, completed, structure, self.cutoff):
-                    # Where edges are few, launches and not edges cost: then nothing waits for the GPU.
-                    drop = self.cutoff if len(listed.senders) > LAUNCH_BOUND else None
-                    return at(listed, positions.to(self.device), completed.to(self.device), drop)
+                    return torch.cat([positions, completed[0]])
         numbers, positions, pbc, cell = (x.clone() for x in (numbers, positions, pbc, cell))  # those of atoms may change
         n_atoms, completed = torch.tensor([len(atoms)]), data.complete_cell(cell, pbc)
-        on_device = [x.to(self.device) for x in (numbers, positions, completed, pbc, n_atoms)]
-        listed = data.make_batch(*on_device, self.cutoff + SKIN)
+        listed = data.make_batch(numbers, positions, completed, pbc, n_atoms, self.cutoff + SKIN, self.device)
         listed.shifts = listed.shifts.double()
         self.listed = listed, numbers, pbc, positions, cell, completed, torch.linalg.inv(completed)
-        return listed
+        return torch.cat([positions, completed[0]])
 
     # ------------------------------------------------------------------------------------------------------------------
     # Many structures

@@ -38,6 +38,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import kernels
+
 CUTOFF = 6.0  # A, for the stored n_edges
 TRAIN, VAL, TEST, EXCLUDED = range(4)
 
@@ -61,25 +63,35 @@ def complete_cell(cell, pbc):
     return cell
 
 
-def neighbor_list(positions, cell, pbc, n_atoms, cutoff):
-    """All pairs closer than `cutoff` over periodic images, of many structures at once, on the device of `positions`.
+def neighbor_list(positions, cell, pbc, structure, cutoff, device):
+    """All pairs closer than `cutoff` over periodic images, of many structures at once.
 
-    positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool, n_atoms (S,). Any cell: shorter than the cutoff, skewed,
-    left-handed, periodic in some directions only; atoms may lie outside it. Needs A >= 1 and cells of non-zero volume.
-    Returns senders (E,), receivers (E,) ascending, shifts (E, 3), and the edge vectors (E, 3), float64,
-    positions[sender] - positions[receiver] + shift @ cell. No atom is its own neighbour except through an image.
+    positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool, structure (A,) ascending. Any cell: shorter than the
+    cutoff, skewed, left-handed, periodic in some directions only; atoms may lie outside it. Needs A >= 1 and cells of
+    non-zero volume. Returns, on `device`, senders (E,), receivers (E,) ascending, row_ptr (A+1,), shifts (E, 3), and the
+    edge vectors (E, 3), float64, positions[sender] - positions[receiver] + shift @ cell. No atom is its own neighbour
+    except through an image.
 
     Linked cells: a box is cut into bins about 3 A thick along each plane normal; an atom looks through the bins within
     reach, which wrap around the periodic boundaries as often as needed. Everything is in float64: that is cheap, and a
-    pair is then found from both sides or from neither.
+    pair is then found from both sides or from neither. On CUDA one kernel looks through the bins, which are made where
+    `positions` are: a GPU that is busy should not be asked for two hundred small things.
     """
-    device, n = positions.device, len(positions)
-    pos, cell = positions, complete_cell(cell, pbc)
-    structure = torch.repeat_interleave(torch.arange(len(cell), device=device), n_atoms, output_size=n)
+    bins = linked_cells(positions, cell, pbc, structure, cutoff)
+    if device.type == "cuda":
+        return kernels.find_pairs(cutoff, **{k: v.to(device) for k, v in bins.items()})
+    return find_pairs(cutoff, **bins)
+
+
+def linked_cells(positions, cell, pbc, structure, cutoff):
+    """The arguments of `find_pairs`, int64: of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of
+    each structure its first bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over;
+    order: atoms by bin, those of bin b from start[b] to start[b+1]."""
+    cell = complete_cell(cell, pbc)
 
     # Fractional coordinates in [0, 1). Where the box is open it spans the atoms.
     inverse = torch.linalg.inv(cell)
-    frac = torch.einsum("ai,aij->aj", pos, inverse[structure])
+    frac = torch.einsum("ai,aij->aj", positions, inverse[structure])
     open_ = ~pbc[structure]
     index = structure[:, None].expand(-1, 3)
     low = frac.new_full((len(cell), 3), torch.inf).scatter_reduce(0, index, frac, "amin")
@@ -98,43 +110,50 @@ def neighbor_list(positions, cell, pbc, n_atoms, cutoff):
     first_bin = n_bins.cumsum(0) - n_bins
     bins_a = bins[structure]
     bin3 = torch.minimum((frac * bins_a).long().clamp(min=0), bins_a - 1)  # (A, 3)
-
-    def flat(b, s):
-        return first_bin[s] + (b[:, 0] * bins[s, 1] + b[:, 1]) * bins[s, 2] + b[:, 2]
-
-    bin_of_atom = flat(bin3, structure)
-    atoms_by_bin = bin_of_atom.argsort(stable=True)
+    bin_of_atom = bin_number(bin3, first_bin, bins, structure)
     count = torch.bincount(bin_of_atom, minlength=int(n_bins.sum()))
-    start = count.cumsum(0) - count
+    start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    atoms = dict(positions=positions, structure=structure, bin=bin3, wrap=wrap)
+    structures = dict(cell=cell, pbc=pbc, bins=bins, reach=reach, first_bin=first_bin)
+    return atoms | structures | dict(order=bin_of_atom.argsort(stable=True), start=start)
 
-    span = 2 * reach + 1
+
+def bin_number(b, first_bin, bins, s):
+    """Of a bin (.., 3) of structure s (..,) among all of them."""
+    return first_bin[s] + (b[:, 0] * bins[s, 1] + b[:, 1]) * bins[s, 2] + b[:, 2]
+
+
+def find_pairs(cutoff, positions, structure, bin, wrap, cell, pbc, bins, reach, first_bin, order, start):
+    """The edges as `neighbor_list` returns them, on the CPU; kernels.py has the same for CUDA."""
+    span, count = 2 * reach + 1, start.diff()
     n_visits = span.prod(1)[structure]  # bins that an atom looks through
-    inside = pos - shift_vectors(wrap, cell, structure)
+    inside = positions - shift_vectors(wrap, cell, structure)
     out = []
-    for block in torch.arange(n, device=device).split(50_000):  # bounds the memory of the candidates
+    for block in torch.arange(len(positions)).split(50_000):  # bounds the memory of the candidates
         atom, visit = ragged(block, n_visits[block])
         s = structure[atom]
         step = torch.stack([visit // (span[s, 1] * span[s, 2]), visit // span[s, 2] % span[s, 1], visit % span[s, 2]], 1)
-        target = bin3[atom] + step - reach[s]
+        target = bin[atom] + step - reach[s]
         image = target.div(bins[s], rounding_mode="floor")
-        target = flat(target - image * bins[s], s)
+        target = bin_number(target - image * bins[s], first_bin, bins, s)
         keep = ((image == 0) | pbc[s]).all(1) & (count[target] > 0)
         atom, image, target = atom[keep], image[keep], target[keep]
         origin = shift_vectors(image, cell, structure[atom]) - inside[atom]
 
         # Candidates: first those near enough to rounding, a coordinate at a time; then the edges.
-        pair, k = ragged(torch.arange(len(atom), device=device), count[target])
-        j = atoms_by_bin[start[target][pair] + k]
+        pair, k = ragged(torch.arange(len(atom)), count[target])
+        j = order[start[target][pair] + k]
         square = sum((x[j] + o[pair]).square() for x, o in zip(inside.T.contiguous(), origin.T.contiguous()))
         near = square < (cutoff + 1e-6) ** 2
         pair, j = pair[near], j[near]
         i = atom[pair]
         shift = image[pair] - wrap[j] + wrap[i]
-        vector = pos[j] - pos[i] + shift_vectors(shift, cell, structure[i])
+        vector = positions[j] - positions[i] + shift_vectors(shift, cell, structure[i])
         keep = vector.square().sum(1) < cutoff**2
         keep &= (i != j) | (shift != 0).any(1)
         out.append((j[keep], i[keep], shift[keep], vector[keep]))
-    return tuple(torch.cat(x) for x in zip(*out))
+    senders, receivers, shifts, vectors = (torch.cat(x) for x in zip(*out))
+    return senders, receivers, torch.searchsorted(receivers, torch.arange(len(positions) + 1)), shifts, vectors
 
 
 def shift_vectors(shifts, cell, structure):
@@ -146,7 +165,7 @@ def shift_vectors(shifts, cell, structure):
 def ragged(values, counts):
     """Each value repeated as often as its count says, and the number of the repetition: 0, 1, ..."""
     repeat = torch.repeat_interleave(counts)
-    return values[repeat], torch.arange(len(repeat), device=counts.device) - (counts.cumsum(0) - counts)[repeat]
+    return values[repeat], torch.arange(len(repeat)) - (counts.cumsum(0) - counts)[repeat]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,21 +192,20 @@ class Batch:
     stress: torch.Tensor = None  # (S, 3, 3) eV/A^3, float64
 
 
-def make_batch(numbers, positions, cell, pbc, n_atoms, cutoff, **labels):
-    """A Batch from packed arrays of any dtype, its neighbour list included; labels are passed on. All on one device."""
+def make_batch(numbers, positions, cell, pbc, n_atoms, cutoff, device=None, **labels):
+    """A Batch on `device` (None: where the arrays are) from packed arrays of any dtype, its neighbour list included."""
+    device = torch.device(device or positions.device)
     numbers, positions, cell = numbers.long(), positions.double(), cell.double()
-    senders, receivers, shifts, vectors = neighbor_list(positions, cell, pbc, n_atoms, cutoff)
     structure = torch.repeat_interleave(torch.arange(len(cell), device=cell.device), n_atoms, output_size=len(numbers))
-    row_ptr = torch.searchsorted(receivers, torch.arange(len(numbers) + 1, device=cell.device))
-    edges = senders, receivers, row_ptr, shifts, vectors
-    return Batch(numbers, positions, cell, pbc, n_atoms, structure, *edges, **{k: v.double() for k, v in labels.items()})
+    edges = neighbor_list(positions, cell, pbc, structure, cutoff, device)
+    atoms = (t.to(device) for t in (numbers, positions, cell, pbc, n_atoms, structure))
+    return Batch(*atoms, *edges, **{k: v.to(device).double() for k, v in labels.items()})
 
 
 class PackedSet:
     """A packed set, for training and validation.
 
-    The arrays stay memory-mapped; on CUDA they are copied to the device if they take less than a quarter of what is free
-    (MPtrj: 1.5 GB). Raises FileNotFoundError or ValueError with a one-line reason if `path` is not a whole packed set.
+    The arrays stay memory-mapped. Raises FileNotFoundError or ValueError with a one-line reason if `path` is not a whole packed set.
     """
 
     ARRAYS = "positions numbers forces cell pbc energy stress offsets ids split n_edges".split()
@@ -213,9 +231,6 @@ class PackedSet:
         self.numbers = a["numbers"]
         keys = "numbers positions forces cell pbc energy stress".split()
         self.arrays = {k: torch.from_numpy(a[k]) for k in keys}
-        size = sum(v.nbytes for v in self.arrays.values())
-        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 4:
-            self.arrays = {k: v.to(self.device) for k, v in self.arrays.items()}
         self.n_edges = np.array(a["n_edges"])
         if cutoff != self.meta["cutoff"]:
             self.n_edges = self.count_edges()
@@ -231,17 +246,11 @@ class PackedSet:
         n_atoms = self.n_atoms[indices]
         first = np.cumsum(n_atoms) - n_atoms
         atoms = np.repeat(self.offsets[indices] - first, n_atoms) + np.arange(n_atoms.sum())
-        store = self.arrays["numbers"].device
-        pick = {k: torch.from_numpy(v).to(store) for k, v in (("atoms", atoms), ("structures", indices))}
-
-        def get(key):
-            rows = pick["atoms" if key in ("numbers", "positions", "forces") else "structures"]
-            return self.arrays[key][rows].to(self.device)
-
-        n_atoms = torch.from_numpy(n_atoms).to(self.device)
+        rows = dict.fromkeys(("numbers", "positions", "forces"), atoms)
+        get = lambda key: self.arrays[key][torch.from_numpy(rows.get(key, indices))]
         system = [get(k) for k in ("numbers", "positions", "cell", "pbc")]
         wanted = {k: get(k) for k in ("energy", "forces", "stress") if labels}
-        return make_batch(*system, n_atoms, self.cutoff, **wanted)
+        return make_batch(*system, torch.from_numpy(n_atoms), self.cutoff, self.device, **wanted)
 
     def count_edges(self):
         """Edges of each structure within the cutoff, (S,)."""
@@ -263,14 +272,14 @@ class PackedSet:
         train_e = train[self.has_energy[train]]
         if len(train_e) == 0:
             raise ValueError(f"{self.path} has no training frame with an energy")
-        energy = self.arrays["energy"].cpu().numpy()
+        energy = self.arrays["energy"].numpy()
         counts = composition(self.numbers, self.offsets)
         x, y = counts[train_e].astype(float), energy[train_e]
         e0, *_ = np.linalg.lstsq(x.T @ x, x.T @ y, rcond=None)  # least norm where compositions leave a choice
         numbers = np.flatnonzero(counts[self.split != EXCLUDED].any(0))
         shift = (energy[train_e] - counts[train_e] @ e0) / self.n_atoms[train_e]
         atoms = np.repeat((self.split == TRAIN) & self.has_forces, self.n_atoms)
-        forces = self.arrays["forces"].cpu().numpy()[atoms]
+        forces = self.arrays["forces"].numpy()[atoms]
         scale = float(np.sqrt(np.mean(forces.astype(float) ** 2))) if len(forces) else 1.0
         return dict(
             atomic_numbers=numbers.tolist(),

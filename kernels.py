@@ -34,6 +34,7 @@ matter; but features and weights beyond 65504 overflow, and below 6e-5 they lose
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -43,16 +44,17 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-# Blocks a multiprocessor, by degree of the input: what the compiler fits the registers to
+# Blocks a multiprocessor, by degree of the input: what the compiler fits the registers to, if the shared memory suffices
 BOUNDS = {
     "forward<false>": (4, 4, 4, 6),
     "forward<true>": (3, 3, 4, 4),
     "backward<0>": (4, 3, 2, 2),
     "backward<1>": (4, 3, 2, 2),
     "backward<2>": (3, 3, 2, 2),
-    "weight_grad<false>": (3, 3, 2, 2),
-    "weight_grad<true>": (3, 2, 2, 2),
+    "weight_grad<false>": (2, 2, 2, 2),
+    "weight_grad<true>": (2, 2, 2, 2),
 }
+MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of an H100
 # 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
 # weights need this constant: the one e3nn samples for torch differs from it in the third digit.
 SILU_NORM = 1.6765620560798837
@@ -353,7 +355,42 @@ struct Args {
   const Stored *sh, *shd, *hidden, *slope;
   const i64 *senders, *row_ptr;
   float *out, *gx, *gsh, *gr, *gh, *gslope, *gw3;
-  int n_atoms;
+  int *taken, n_atoms;
+};
+
+// A block's nodes. The first three are fixed, further ones go to the block that asks first, while it is at work: nodes have
+// more or fewer edges, and blocks may begin late.
+struct Turns {
+  int node, begin, end, next_begin;  // edges of the node, and the first one of the next
+  DEV Turns(const Args& A, int* slots) : node(blockIdx.x), A(A), slots(slots), next(node + gridDim.x), ahead(next + gridDim.x), slot(0) {
+    range(node, begin, end);
+    range(next, next_begin, next_end);
+  }
+  // Before a barrier ..
+  DEV void ask() {
+    slot ^= 1;
+    if (threadIdx.x) return;
+    slots[slot] = ahead;
+    ahead = 3 * gridDim.x + atomicAdd(A.taken + blockIdx.y, 1);
+  }
+  // .. and after it
+  DEV void listen() {
+    after = slots[slot];
+    range(after, after_begin, after_end);
+  }
+  DEV void advance() {
+    node = next; begin = next_begin; end = next_end;
+    next = after; next_begin = after_begin; next_end = after_end;
+  }
+private:
+  DEV void range(int i, int& begin, int& end) {
+    i = min(i, A.n_atoms - 1);
+    begin = (int)A.row_ptr[i];
+    end = (int)A.row_ptr[i + 1];
+  }
+  const Args& A;
+  int* slots;  // two, in shared memory
+  int next, next_end, after, after_begin, after_end, ahead, slot;
 };
 """
 
@@ -385,7 +422,7 @@ DEV void forward(const Args& A, int task, char* memory) {{
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int u0 = 16 * (task + warp), first = u0 + 2 * g, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;  // rows g, g+8
   typedef Edges<16> Buffer[1 + TANGENT];
-  Buffer* buffers = (Buffer*)memory;
+  Buffer* buffers = (Buffer*)(memory + 16);
   Stored* w3 = (Stored*)(buffers + 2) + warp * N * 2 * PLANE;
   stage<true>(w3, A.w3, FIRST, N, u0, 16, lane, 32);
   const int n_edges = (int)A.row_ptr[A.n_atoms];
@@ -400,16 +437,15 @@ DEV void forward(const Args& A, int task, char* memory) {{
       rd[t][i] = TANGENT ? A.rd[e] : 0;
     }}
   }};
-  int begin = (int)A.row_ptr[blockIdx.x], end = (int)A.row_ptr[blockIdx.x + 1], next_begin, next_end;
-  prepare(begin);
-  for (int node = blockIdx.x; node < A.n_atoms; node += gridDim.x, begin = next_begin, end = next_end) {{
-    const int next = min(node + (int)gridDim.x, A.n_atoms - 1);
-    next_begin = (int)A.row_ptr[next];
-    next_end = (int)A.row_ptr[next + 1];
+  Turns turns(A, (int*)memory);
+  prepare(turns.begin);
+  for (; turns.node < A.n_atoms; turns.advance()) {{
+    const int node = turns.node, begin = turns.begin, end = turns.end;
+    turns.ask();
     if (begin == end) {{
       wait_for_copies();
       __syncthreads();
-      prepare(next_begin);
+      prepare(turns.next_begin);
     }}
     float z[N][D1][4];
     EACH(p, N) EACH(m, D1) EACH(i, 4) z[p][m][i] = 0;
@@ -425,7 +461,7 @@ DEV void forward(const Args& A, int task, char* memory) {{
       wait_for_copies();
       __syncthreads();
       turn ^= 1;
-      prepare(e0 + 16 < end ? e0 + 16 : next_begin);
+      prepare(e0 + 16 < end ? e0 + 16 : turns.next_begin);
       if (u0 >= MUL) continue;
       float w[N][2][4], wd[TANGENT ? N : 1][2][4];
       radial16<N, TANGENT>(w, wd, edges, w3, lane);
@@ -461,6 +497,7 @@ DEV void forward(const Args& A, int task, char* memory) {{
         }}
       }}
     }}
+    turns.listen();
     EACH(p, N) {{
       float out[4] = {{0, 0, 0, 0}};
       EACH(m, D1) {{
@@ -476,30 +513,34 @@ DEV void forward(const Args& A, int task, char* memory) {{
   wait_for_copies();
 }}
 
-// backward. A warp takes 8 channels; the block's, of the same node and 16 edges (rows), together `octets` of them. With
+// backward. A warp takes {O} times 8 channels; the block's, of the same node and 16 edges (rows), together `octets` of them. With
 // G[u, m1, m2] = sum of CG[m1, m2, m3] g[u, m3], once a node, and T = Y G, the gradient of W x Y G is  W T for x,  x T for W,
 // (W x) G for Y. MODE 0: gradients of x, sh and r (slope = d hidden / dr); 1: of x, sh and hidden; 2: of forward and
 // tangent together, by x, hidden and slope.
 template <int MODE>
 DEV void backward(const Args& A, int u0, char* memory) {{
-  const int DUAL = MODE == 2 ? 2 : 1;
-  const int octets = min({WARPS}, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int DUAL = MODE == 2 ? 2 : 1, O = {O}, MOST = {WARPS} * O;
+  const int octets = min(MOST, (MUL - u0 + 7) / 8), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   typedef Edges<16> Buffer[MODE == 1 ? 1 : 2];
-  Buffer* buffers = (Buffer*)memory;
+  Buffer* buffers = (Buffer*)(memory + 16);
   Stored* w3 = (Stored*)(buffers + 2);
-  Stored* G = w3 + {WARPS} * NP * PLANE + warp * NP * D1 * DUAL * TILE;
-  A8* gw_all = (A8*)(w3 + {WARPS} * NP * (PLANE + D1 * DUAL * TILE));  // gradients of W: of each octet, path, value and tangent
-  float4* gs_all = (float4*)(gw_all + (MODE ? ({WARPS} * NP + 1) * DUAL * 32 : 0));  // of Y: of each warp and degree
+  Stored* G = w3 + MOST * NP * PLANE;  // of each octet and path
+  A8* gw_all = (A8*)(G + MOST * NP * D1 * DUAL * TILE);  // gradients of W: of each octet, path, value and tangent
+  float4* gs_all = (float4*)(gw_all + (MODE ? (MOST * NP + 1) * DUAL * 32 : 0));  // of Y: of each warp and degree
   float* gr_all = (float*)(gs_all + (MODE < 2 ? {WARPS} * (LMAX + 1) * 32 : 0));  // of r: of each warp
   float* largest = gr_all + {WARPS} * 16;
   stage<false>(w3, A.w3, 0, NP, u0, 8 * octets, threadIdx.x, blockDim.x);
   if (MODE) {{  // an odd number of octets and paths is made even by zeros
     EACH(d, DUAL) gw_all[(octets * NP * DUAL + d) * 32 + lane] = {{}};
-    if (octets < {WARPS})
+    if (octets < MOST)
       for (int i = threadIdx.x; i < PLANE; i += blockDim.x) w3[octets * NP * PLANE + i] = 0;
   }}
-  const bool mine = warp < octets;
-  const int first = u0 + 8 * warp + 2 * q, u = min(first, MUL - 1 - EVEN), second = first + 1 < MUL;
+  int first[O], u[O];
+  EACH(o, O) {{
+    first[o] = u0 + 8 * (warp + o * {WARPS}) + 2 * q;
+    u[o] = min(first[o], MUL - 1 - EVEN);
+  }}
+  auto mine = [&](int o) {{ return warp + o * {WARPS} < octets; }};
   const int n_edges = (int)A.row_ptr[A.n_atoms];
   int turn = 0, j[2];
   float rd[2];
@@ -513,73 +554,82 @@ DEV void backward(const Args& A, int u0, char* memory) {{
       rd[t] = MODE == 2 ? A.rd[e] : 0;
     }}
   }};
-  int begin = (int)A.row_ptr[blockIdx.x], end = (int)A.row_ptr[blockIdx.x + 1], next_begin, next_end;
-  prepare(begin);
-  for (int node = blockIdx.x; node < A.n_atoms; node += gridDim.x, begin = next_begin, end = next_end) {{
-    const int next = min(node + (int)gridDim.x, A.n_atoms - 1);
-    next_begin = (int)A.row_ptr[next];
-    next_end = (int)A.row_ptr[next + 1];
+  float x[O][D1][4], xd[O][D1][4];
+  auto gather = [&] {{  // features at the senders of what was prepared, before they are needed
+    EACH(o, O)
+      if (mine(o))
+        EACH(m, D1) EACH(t, 2) {{
+          const int at = j[t] * XDIM + XOFF + m * MUL + u[o];
+          const Pair v = load2(A.x + at, first[o] + 1 < MUL);
+          x[o][m][2 * t] = v.v[0]; x[o][m][2 * t + 1] = v.v[1];
+          if (MODE == 2) {{
+            const Pair v = load2(A.xd + at, first[o] + 1 < MUL);
+            xd[o][m][2 * t] = v.v[0]; xd[o][m][2 * t + 1] = v.v[1];
+          }}
+        }}
+  }};
+  Turns turns(A, (int*)memory);
+  prepare(turns.begin);
+  gather();
+  for (; turns.node < A.n_atoms; turns.advance()) {{
+    const int node = turns.node, begin = turns.begin, end = turns.end;
+    turns.ask();
     if (begin == end) {{
       wait_for_copies();
       __syncthreads();
-      prepare(next_begin);
+      turns.listen();
+      prepare(turns.next_begin);
+      gather();
       continue;
     }}
     float unscale;
     {{
       // rows g: gradient of the value; g+8: of the tangent
-      const int c = min(u0 + 8 * warp + g, MUL - 1);
-      float a[NP][4], top = 0;
-      EACH(p, NP) EACH(i, 2) {{
-        const i64 at = (i64)node * YDIM + Y(p) + (q + 4 * i) * STRIDE(p) + c;
-        const bool there = q + 4 * i < D3(p);
-        a[p][2 * i] = there ? __ldg(A.gy + at) : 0;
-        a[p][2 * i + 1] = MODE == 2 && there ? __ldg(A.gyd + at) : 0;
+      float a[O][NP][4], top = 0;
+      EACH(o, O) {{
+        const int c = min(u0 + 8 * (warp + o * {WARPS}) + g, MUL - 1);
+        EACH(p, NP) EACH(i, 2) {{
+          const i64 at = (i64)node * YDIM + Y(p) + (q + 4 * i) * STRIDE(p) + c;
+          const bool there = mine(o) && q + 4 * i < D3(p);
+          a[o][p][2 * i] = there ? __ldg(A.gy + at) : 0;
+          a[o][p][2 * i + 1] = MODE == 2 && there ? __ldg(A.gyd + at) : 0;
+        }}
+        EACH(p, NP) EACH(i, 4) top = fmaxf(top, fabsf(a[o][p][i]));
       }}
-      EACH(p, NP) EACH(i, 4) top = fmaxf(top, fabsf(a[p][i]));
-      const int e = magnitude(mine ? top : 0);
+      const int e = magnitude(top);
       if (lane == 0) largest[warp] = e;
       __syncthreads();
+      turns.listen();
       float most = largest[0];
       EACH(i, {WARPS}) most = fmaxf(most, largest[i]);
       unscale = power((int)most);
-      EACH(p, NP) EACH(i, 4) a[p][i] *= power(-(int)most);
-      if (mine)
+      EACH(o, O) {{
+        if (!mine(o)) break;
+        EACH(p, NP) EACH(i, 4) a[o][p][i] *= power(-(int)most);
         EACH(p, NP) EACH(m, D1) {{
           const float* cg = coupling(A, p, m);
           const float b[2] = {{__ldg(cg + 8 * q + g), __ldg(cg + 8 * (q + 4) + g)}};
           float d[4] = {{0, 0, 0, 0}};
-          couple(d, a[p], b);
-          Stored* to = G + (p * D1 + m) * DUAL * TILE + 2 * lane;
+          couple(d, a[o][p], b);
+          Stored* to = G + (((warp + o * {WARPS}) * NP + p) * D1 + m) * DUAL * TILE + 2 * lane;
           store_pair(to, d[0], d[1], 64);
           if (MODE == 2) store_pair(to + TILE, d[2], d[3], 64);
         }}
+      }}
     }}
     for (int e0 = begin; e0 < end; e0 += 16) {{
       const bool live[2] = {{e0 + g < end, e0 + g + 8 < end}};
-      float x[D1][4], xd[D1][4];
-      if (mine)
-        EACH(m, D1) EACH(t, 2) {{
-          const int at = j[t] * XDIM + XOFF + m * MUL + u;
-          const Pair v = load2(A.x + at, second);
-          x[m][2 * t] = v.v[0]; x[m][2 * t + 1] = v.v[1];
-          if (MODE == 2) {{
-            const Pair v = load2(A.xd + at, second);
-            xd[m][2 * t] = v.v[0]; xd[m][2 * t + 1] = v.v[1];
-          }}
-        }}
       int to[2];
       float rate[2];
-      EACH(t, 2) {{ to[t] = j[t] * XDIM + XOFF + u; rate[t] = rd[t]; }}
+      EACH(t, 2) {{ to[t] = j[t] * XDIM + XOFF; rate[t] = rd[t]; }}
       const Buffer& edges = buffers[turn];
       wait_for_copies();
       __syncthreads();
       turn ^= 1;
-      prepare(e0 + 16 < end ? e0 + 16 : next_begin);
-      if (mine) {{
-        float gx[D1][4], gs[LMAX + 1][4], gr[2] = {{0, 0}};
+      prepare(e0 + 16 < end ? e0 + 16 : turns.next_begin);
+      if (mine(0)) {{
+        float gs[LMAX + 1][4], gr[2] = {{0, 0}};
         A8 y[LMAX / 2 * 2 + 2], yd[LMAX / 2 * 2 + 2], h[K / 8], hd[K / 8];
-        EACH(m, D1) EACH(i, 4) gx[m][i] = 0;
         EACH(l, LMAX + 1) EACH(i, 4) gs[l][i] = 0;
         EACH(s, LMAX / 2 + 1) {{
           A8 a[2];
@@ -599,50 +649,56 @@ DEV void backward(const Args& A, int u0, char* memory) {{
             hd[2 * s] = a[0]; hd[2 * s + 1] = a[1];
           }}
         }}
-        EACH(p, NP) {{
-          float w[4], wd[4], gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
-          const Stored* w3p = w3 + (warp * NP + p) * PLANE;
-          radial<MODE != 1>(w, wd, h, hd, w3p, lane);
-          if (MODE == 2) EACH(i, 4) wd[i] *= rate[i / 2];
-          B8 b[4], bt[4];
-          EACH(m, D1) {{
-            const Stored* Gpm = G + (p * D1 + m) * DUAL * TILE;
-            const int l2 = L2(p), at = m * DUAL % 4;
-            if (at == 0) load4(b, Gpm, lane);
-            if (at == 0 && MODE < 2) load4_transposed(bt, Gpm, lane);
-            float t[4] = {{0, 0, 0, 0}};
+        EACH(o, O) {{
+          const int octet = warp + o * {WARPS};
+          if (octet >= octets) break;
+          float gx[D1][4];
+          EACH(m, D1) EACH(i, 4) gx[m][i] = 0;
+          EACH(p, NP) {{
+            float w[4], wd[4], gw[4] = {{0, 0, 0, 0}}, gwd[4] = {{0, 0, 0, 0}};
+            const Stored* w3p = w3 + (octet * NP + p) * PLANE;
+            radial<MODE != 1>(w, wd, h, hd, w3p, lane);
+            if (MODE == 2) EACH(i, 4) wd[i] *= rate[i / 2];
+            B8 b[4], bt[4];
+            EACH(m, D1) {{
+              const Stored* Gpm = G + ((octet * NP + p) * D1 + m) * DUAL * TILE;
+              const int l2 = L2(p), at = m * DUAL % 4;
+              if (at == 0) load4(b, Gpm, lane);
+              if (at == 0 && MODE < 2) load4_transposed(bt, Gpm, lane);
+              float t[4] = {{0, 0, 0, 0}};
+              if (MODE == 2) {{
+                float td[4] = {{0, 0, 0, 0}};
+                mma16(t, y[l2], yd[l2], b[at], b[at + 1]);
+                mma8(td, y[l2], b[at + 1]);
+                EACH(i, 4) {{
+                  gx[m][i] += w[i] * t[i]; gx[m][i] += wd[i] * td[i];
+                  gw[i] += x[o][m][i] * t[i]; gw[i] += xd[o][m][i] * td[i];
+                  gwd[i] += x[o][m][i] * td[i];
+                }}
+              }} else {{
+                float wx[4];
+                mma8(t, y[l2], b[at]);
+                EACH(i, 4) {{
+                  gx[m][i] += w[i] * t[i];
+                  gw[i] += x[o][m][i] * t[i];
+                  wx[i] = w[i] * x[o][m][i];
+                }}
+                mma8(gs[l2], rows(wx), bt[at]);
+              }}
+            }}
+            if (MODE == 0) EACH(i, 4) gr[i / 2] += gw[i] * wd[i];
+            if (MODE) gw_all[(octet * NP + p) * DUAL * 32 + lane] = rows(gw);
             if (MODE == 2) {{
-              float td[4] = {{0, 0, 0, 0}};
-              mma16(t, y[l2], yd[l2], b[at], b[at + 1]);
-              mma8(td, y[l2], b[at + 1]);
-              EACH(i, 4) {{
-                gx[m][i] += w[i] * t[i]; gx[m][i] += wd[i] * td[i];
-                gw[i] += x[m][i] * t[i]; gw[i] += xd[m][i] * td[i];
-                gwd[i] += x[m][i] * td[i];
-              }}
-            }} else {{
-              float wx[4];
-              mma8(t, y[l2], b[at]);
-              EACH(i, 4) {{
-                gx[m][i] += w[i] * t[i];
-                gw[i] += x[m][i] * t[i];
-                wx[i] = w[i] * x[m][i];
-              }}
-              mma8(gs[l2], rows(wx), bt[at]);
+              EACH(i, 4) gwd[i] *= rate[i / 2];
+              gw_all[((octet * NP + p) * DUAL + 1) * 32 + lane] = rows(gwd);
             }}
           }}
-          if (MODE == 0) EACH(i, 4) gr[i / 2] += gw[i] * wd[i];
-          if (MODE) gw_all[(warp * NP + p) * DUAL * 32 + lane] = rows(gw);
-          if (MODE == 2) {{
-            EACH(i, 4) gwd[i] *= rate[i / 2];
-            gw_all[((warp * NP + p) * DUAL + 1) * 32 + lane] = rows(gwd);
-          }}
+          if (A.gx && first[o] < MUL)
+            EACH(t, 2)
+              if (live[t])
+                EACH(m, D1)
+                  add_pair(A.gx + to[t] + m * MUL + u[o], unscale * gx[m][2 * t], unscale * gx[m][2 * t + 1], first[o] + 1 < MUL);
         }}
-        if (A.gx && first < MUL)
-          EACH(t, 2)
-            if (live[t])
-              EACH(m, D1)
-                add_pair(A.gx + to[t] + m * MUL, unscale * gx[m][2 * t], unscale * gx[m][2 * t + 1], second);
         if (MODE < 2) EACH(l, LMAX + 1) gs_all[(warp * (LMAX + 1) + l) * 32 + lane] = make_float4(gs[l][0], gs[l][1], gs[l][2], gs[l][3]);
         if (MODE == 0)
           EACH(t, 2) {{
@@ -650,6 +706,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
             if (q == 0) gr_all[warp * 16 + 8 * t + g] = gr[t];
           }}
       }}
+      gather();
       __syncthreads();
       // The sums over octets: each warp, of a quarter of the columns of gh; or of one degree of Y
       if (MODE)
@@ -674,7 +731,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
       if (MODE < 2)
         for (int l = warp; l <= LMAX; l += {WARPS}) {{
           float4 sum = make_float4(0, 0, 0, 0);
-          for (int o = 0; o < octets; o++) {{
+          for (int o = 0; o < min(octets, {WARPS}); o++) {{
             const float4 f = gs_all[(o * (LMAX + 1) + l) * 32 + lane];
             sum.x += f.x; sum.y += f.y; sum.z += f.z; sum.w += f.w;
           }}
@@ -686,7 +743,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
         }}
       if (MODE == 0 && warp == {WARPS} - 1 && lane < 16 && e0 + lane < end) {{
         float sum = 0;
-        for (int o = 0; o < octets; o++) sum += gr_all[16 * o + lane];
+        for (int o = 0; o < min(octets, {WARPS}); o++) sum += gr_all[16 * o + lane];
         atomicAdd(A.gr + e0 + lane, unscale * sum);
       }}
     }}
@@ -1289,6 +1346,69 @@ DEV void gated_degree_back(const Nodes& A, Sums& sums, float* gw_gate, float* gw
 }
 """
 
+# Pairs of atoms closer than the cutoff. An atom looks through the bins within reach; each of its LANES threads, through a piece
+# of their sequence. First they count, then they write. A pair is found from both sides or from neither: the vector one way
+# is exactly the negative of that the other way.
+LANES = 16
+PAIRS = r"""
+typedef long long i64;
+struct Pairs {
+  const double *positions, *cell;
+  const bool* pbc;
+  const i64 *structure, *order, *start, *bin, *wrap, *bins, *reach, *first_bin;
+  i64* count;
+  const i64* begin;
+  i64 *senders, *receivers, *shifts;
+  double *vectors, square;
+  int n_atoms;
+};
+extern "C" __global__ void find_pairs(const Pairs A) {
+  const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, i = thread / LANES, lane = thread % LANES;
+  if (i >= A.n_atoms) return;
+  const i64 s = A.structure[i];
+  const double *cell = A.cell + 9 * s, *r = A.positions + 3 * i;
+  int n[3], low[3], span[3], image[3], target[3], visits = 1;
+  for (int d = 0; d < 3; d++) {
+    const int reach = (int)A.reach[3 * s + d];
+    n[d] = (int)A.bins[3 * s + d];
+    low[d] = (int)A.bin[3 * i + d] - reach;
+    span[d] = 2 * reach + 1;
+    visits *= span[d];
+  }
+  i64 at = A.count ? 0 : A.begin[thread];
+  for (int visit = (int)(visits * lane / LANES); visit < (int)(visits * (lane + 1) / LANES); visit++) {
+    const int step[3] = {visit / (span[1] * span[2]), visit / span[2] % span[1], visit % span[2]};
+    bool there = true;
+    for (int d = 0; d < 3; d++) {
+      const int b = low[d] + step[d];
+      image[d] = (b >= 0 ? b : b - n[d] + 1) / n[d];
+      target[d] = b - image[d] * n[d];
+      there &= image[d] == 0 || A.pbc[3 * s + d];
+    }
+    if (!there) continue;  // beyond an open end
+    const i64 box = A.first_bin[s] + (i64)(target[0] * n[1] + target[1]) * n[2] + target[2], end = A.start[box + 1];
+    for (i64 k = A.start[box]; k < end; k++) {
+      const i64 j = A.order[k];
+      i64 shift[3];
+      double v[3], square = 0;
+      for (int d = 0; d < 3; d++) shift[d] = image[d] - A.wrap[3 * j + d] + A.wrap[3 * i + d];
+      for (int d = 0; d < 3; d++) {
+        v[d] = A.positions[3 * j + d] - r[d] + (shift[0] * cell[d] + shift[1] * cell[3 + d] + shift[2] * cell[6 + d]);
+        square += v[d] * v[d];
+      }
+      if (square >= A.square || (j == i && !shift[0] && !shift[1] && !shift[2])) continue;
+      if (!A.count) {
+        A.senders[at] = j;
+        A.receivers[at] = i;
+        for (int d = 0; d < 3; d++) { A.shifts[3 * at + d] = shift[d]; A.vectors[3 * at + d] = v[d]; }
+      }
+      at++;
+    }
+  }
+  if (A.count) A.count[thread] = at;
+}
+""".replace("LANES", str(LANES))
+
 
 def node_source(muls_out, norm):
     """CUDA source of norm and gate for a layer of `muls_out` channels, the size of a row after it, and the number of weights."""
@@ -1365,7 +1485,8 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
     def kernel(name, l1, threads, shared, calls):
         """calls: [(blocks along the grid's second dimension, what the i-th of them does)]"""
         function, begin = f"{plain(name)}_{l1}", 0
-        code.append(f'extern "C" __global__ void __launch_bounds__({threads}, {BOUNDS[name][l1]}) {function}(const Args A) {{')
+        blocks = min(BOUNDS[name][l1], max(MULTIPROCESSOR // (shared + 1024), 1))
+        code.append(f'extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {function}(const Args A) {{')
         code.append("  extern __shared__ __align__(16) char memory[];\n  const int i = blockIdx.y;")
         for n, call in calls:
             code.append(f"  if (i < {begin + n}) return {call.replace('#', f'(i - {begin})')};")
@@ -1387,7 +1508,8 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         tables = "\n".join(f"DEV constexpr int {name}(int p) {{ return {choose(v)}; }}" for name, v in values.items())
         groups = count_groups(mul, warps)
         fill = dict(L=l1, D1=d, NP=len(ps), MUL=mul, XOFF=x_off[l1], CG=len(table), WARPS=warps, tables=tables)
-        fill |= dict(groups=groups, SLOTS=c.slots)
+        octets = 2 if d == 1 and mul > 8 * warps and not exact else 1  # times 8 channels of a warp in `backward`, as registers allow
+        fill |= dict(groups=groups, SLOTS=c.slots, O=octets)
         code.append(DEGREE.format(**fill))
         for _, _, _, _, cg in ps:
             for m in range(d):
@@ -1396,18 +1518,19 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         for dual in "false", "true":
             starts = [(s, min(step, len(ps) - s)) for s in range(0, len(ps), step)]
             calls = [(-(-mul // (16 * warps)), f"L{l1}::forward<{dual}, {s}, {n}>(A, # * {warps}, memory)") for s, n in starts]
-            size = edges * (4 if dual == "true" else 2) + threads // 2 * width * step * stored
+            size = 16 + edges * (4 if dual == "true" else 2) + threads // 2 * width * step * stored
             kernel(f"forward<{dual}>", l1, threads, size, calls)
         for mode in range(3):
             dual = 1 + (mode == 2)
-            size = edges * (2 if mode == 1 else 4) + warps * len(ps) * (8 * width + d * dual * 64) * stored
-            size += (warps * len(ps) + 1) * dual * 128 * stored if mode else 0
+            size = 16 + edges * (2 if mode == 1 else 4) + warps * octets * len(ps) * (8 * width + d * dual * 64) * stored
+            size += (warps * octets * len(ps) + 1) * dual * 128 * stored if mode else 0
             size += warps * ((lmax + 1) * 512 * (mode < 2) + 64) + 16
-            call = f"L{l1}::backward<{mode}>(A, # * {8 * warps}, memory)"
-            kernel(f"backward<{mode}>", l1, 32 * warps, size, [(-(-mul // (8 * warps)), call)])
+            call = f"L{l1}::backward<{mode}>(A, # * {8 * warps * octets}, memory)"
+            kernel(f"backward<{mode}>", l1, 32 * warps, size, [(-(-mul // (8 * warps * octets)), call)])
         size = warps * 2 * (edges + 64 + 16 * (64 * d + 16))
+        most = 4 if d == 1 else 2  # paths of a warp in `weight_grad`, as registers allow
         for dual in "false", "true":
-            starts = [(s, min(2, len(ps) - s)) for s in range(0, len(ps), 2)]
+            starts = [(s, min(most, len(ps) - s)) for s in range(0, len(ps), most)]
             call = f"L{l1}::weight_grad<{dual}, %d, %d>(A, # * {16 * groups}, (L{l1}::Rows*)memory)"
             kernel(f"weight_grad<{dual}>", l1, 32 * warps, size, [(-(-mul // (16 * groups)), call % start) for start in starts])
     rows = lambda columns: columns * stored + 16  # bytes of one in shared memory
@@ -1433,7 +1556,7 @@ def count_groups(mul, warps):
 
 
 class Args(ctypes.Structure):
-    POINTERS = "x xd rd w3 cg gy gyd sh shd hidden slope senders row_ptr out gx gsh gr gh gslope gw3".split()
+    POINTERS = "x xd rd w3 cg gy gyd sh shd hidden slope senders row_ptr out gx gsh gr gh gslope gw3 taken".split()
     _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int)]
 
 
@@ -1487,6 +1610,68 @@ def compile_cuda(code, capability):
     return binary.raw
 
 
+class Module:
+    """Compiled CUDA source on one device."""
+
+    def __init__(self, code, device):
+        self.device, self.cuda, self.functions = device, ctypes.CDLL("libcuda.so.1"), {}
+        self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # makes torch's context the current one
+            binary = compile_cuda(code, torch.cuda.get_device_capability(device))
+            self.module = ctypes.c_void_p()
+            check(self.cuda.cuModuleLoadData(ctypes.byref(self.module), binary), "loading the kernels")
+
+    def function(self, name):
+        if name not in self.functions:
+            f = self.functions[name] = ctypes.c_void_p()
+            check(self.cuda.cuModuleGetFunction(ctypes.byref(f), self.module, name.encode()), name)
+        return self.functions[name]
+
+    def resident(self, name, threads, shared):
+        """Blocks of a kernel with so much shared memory (bytes) that run at once; to be asked before the first launch."""
+        f, blocks = self.function(name), ctypes.c_int()
+        check(self.cuda.cuFuncSetAttribute(f, 8, shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+        occupancy = self.cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        check(occupancy(ctypes.byref(blocks), f, threads, ctypes.c_size_t(shared)), name)
+        return blocks.value * self.n_sm
+
+    def launch(self, name, grid, args, threads, shared=0):
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device.index))  # the public way is slow
+        launch = (self.function(name), *grid, 1, threads, 1, 1, shared, stream, pointer, None)
+        if torch.cuda.current_device() == self.device.index:
+            return check(self.cuda.cuLaunchKernel(*launch), name)
+        with torch.cuda.device(self.device):  # whose context must be the current one
+            check(self.cuda.cuLaunchKernel(*launch), name)
+
+
+def side_by_side(launches, device):
+    """Call them all, in order; while a CUDA graph is captured, on streams of their own: so it has branches. (Where Python launches
+    kernels one by one, streams cost more than they bring.)"""
+    if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+        for launch in launches:
+            launch()
+        return
+    main, sides = torch.cuda.current_stream(device), streams(device)[: len(launches)]
+    for launch, side in zip(launches, sides, strict=True):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            launch()
+    for side in sides:
+        main.wait_stream(side)
+
+
+@functools.lru_cache
+def streams(device):
+    return [torch.cuda.Stream(device) for _ in range(4)]  # one for each degree
+
+
+def shared_memory(device):
+    """Bytes a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 class Geometry(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in "vectors along gsh gr".split()]
     _fields_ += [("cutoff", ctypes.c_double), ("p", ctypes.c_double)]
@@ -1509,50 +1694,20 @@ class Kernels:
         args = (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
         for warps in (4, 2, 1):  # as the device's shared memory allows
             code, self.shape, table = source(*args, warps)
-            if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= self.shared_memory():
+            if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= shared_memory(self.device):
                 break
         self.cg = torch.from_numpy(table).to(self.device)
         components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
         self.components = torch.tensor(components, device=self.device)  # where harmonics are among those as stored
-        self.compile(code)
-
-    def shared_memory(self):
-        """Bytes a block may have."""
-        return torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin
-
-    def compile(self, code):
-        self.cuda = ctypes.CDLL("libcuda.so.1")
-        self.n_sm = torch.cuda.get_device_properties(self.device).multi_processor_count
-        with torch.cuda.device(self.device):
-            torch.cuda.synchronize()  # makes torch's context the current one
-            binary = compile_cuda(code, torch.cuda.get_device_capability(self.device))
-            module = ctypes.c_void_p()
-            check(self.cuda.cuModuleLoadData(ctypes.byref(module), binary), "loading the kernels")
-        self.functions, self.resident = {}, {}  # and how many blocks of it run at once
-        edges = {k.function: k for ks in self.shape.kernels.values() for k in ks}
+        self.module = Module(code, self.device)
+        self.n_sm, self.resident = self.module.n_sm, {}  # blocks of a kernel that run at once
+        for k in sum(self.shape.kernels.values(), []):
+            self.resident[k.function] = self.module.resident(k.function, k.threads, k.shared)
         for name, shared in zip(("radial_mlp", "radial_mlp_back"), self.shape.mlp):
-            edges[name] = SimpleNamespace(shared=shared, threads=32 * self.shape.warps)
-        for name in [*edges, *self.OTHERS]:
-            f = self.functions[name] = ctypes.c_void_p()
-            check(self.cuda.cuModuleGetFunction(ctypes.byref(f), module, name.encode()), name)
-            if name in edges:
-                k = edges[name]
-                check(self.cuda.cuFuncSetAttribute(f, 8, k.shared), name)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
-                blocks = ctypes.c_int()
-                occupancy = self.cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor
-                check(occupancy(ctypes.byref(blocks), f, k.threads, ctypes.c_size_t(k.shared)), name)
-                self.resident[name] = blocks.value * self.n_sm
+            self.resident[name] = self.module.resident(name, 32 * self.shape.warps, shared)
 
-    OTHERS = "norm_gate_false norm_gate_true norm_gate_back_false norm_gate_back_true geometry geometry_back".split()
-
-    def launch(self, name, grid, args, threads, shared=0):
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device.index))  # the public way is slow
-        launch = (self.functions[name], *grid, 1, threads, 1, 1, shared, stream, pointer, None)
-        if torch.cuda.current_device() == self.device.index:
-            return check(self.cuda.cuLaunchKernel(*launch), name)
-        with torch.cuda.device(self.device):  # whose context must be the current one
-            check(self.cuda.cuLaunchKernel(*launch), name)
+    def launch(self, *args):
+        self.module.launch(*args)
 
     def blocks(self, kernel, n_atoms, atoms=1):
         """As many as run at once, which take nodes in turn."""
@@ -1562,9 +1717,15 @@ class Kernels:
         """The kernels of all degrees; a block takes `atoms` nodes at a time. Raises ValueError if there are too many."""
         if max(x.numel(), 16 * len(senders)) >= 2**31:
             raise ValueError(f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time")
-        args = fill(Args, x=x, senders=senders, n_atoms=len(x), cg=self.cg, **tensors)
-        for k in self.shape.kernels[name]:
+        kernels = self.shape.kernels[name]
+        taken = torch.zeros(sum(k.slabs for k in kernels), dtype=torch.int32, device=self.device)
+        args = fill(Args, x=x, senders=senders, n_atoms=len(x), cg=self.cg, taken=taken, **tensors)
+
+        def launch(k):
             self.launch(k.function, (self.blocks(k, len(x), atoms), k.slabs), args, k.threads, k.shared)
+            args.taken += taken.element_size() * k.slabs
+
+        side_by_side([functools.partial(launch, k) for k in kernels], self.device)
 
     def stored(self, t):
         """As the kernels want it: float16; or, in the guise of float32, a row of high and one of low parts (times 2^11) of it."""
@@ -1625,6 +1786,40 @@ class Kernels:
             return [torch.zeros_like(w) for w in weights]
         out = self.launch_mlp("radial_mlp_back", basis, weights, grad=grad, gw1=weights[0], gw2=weights[1])
         return out["gw1"].sum(0), out["gw2"].sum(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Neighbour list
+
+
+class Pairs(ctypes.Structure):
+    POINTERS = "positions cell pbc structure order start bin wrap bins reach first_bin count begin senders receivers shifts vectors"
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS.split()] + [("square", ctypes.c_double), ("n_atoms", ctypes.c_int)]
+
+
+@functools.lru_cache
+def pairs_module(device):
+    return Module(PAIRS, device)
+
+
+def find_pairs(cutoff, **bins):
+    """All pairs closer than `cutoff`; `bins` and what is returned as of `linked_cells` and `find_pairs` of data.py."""
+    positions, bins = bins["positions"], {k: v.contiguous() for k, v in bins.items()}
+    n, device = len(positions), torch.empty(0, device=positions.device).device
+    args = fill(Pairs, **bins, square=cutoff**2, n_atoms=n)
+    begin = torch.zeros(n * LANES + 1, dtype=torch.int64, device=device)
+    args.count = begin.data_ptr() + begin.element_size()
+    launch = lambda: pairs_module(device).launch("find_pairs", (-(-n * LANES // 128), 1), args, 128)
+    launch()
+    begin = begin.cumsum(0)
+    e = int(begin[-1])
+    senders, receivers, shifts = (begin.new_empty(e, *k) for k in ((), (), (3,)))
+    vectors = positions.new_empty(e, 3)
+    args.count = None
+    for name, t in dict(begin=begin, senders=senders, receivers=receivers, shifts=shifts, vectors=vectors).items():
+        setattr(args, name, t.data_ptr())
+    launch()
+    return senders, receivers, begin[::LANES].contiguous(), shifts, vectors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1762,38 +1957,52 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, muls_out, muls_in, *tensors):
-        xs, weights = tensors[: len(muls_in)], list(tensors[len(muls_in) :])
-        out = xs[0].new_empty(len(xs[0]), sum((2 * l + 1) * m for l, m in enumerate(muls_out)))
         ctx.muls_out, ctx.muls_in = muls_out, muls_in
         ctx.save_for_backward(*tensors)
-        for i, (x, muls) in enumerate(zip(xs, muls_in)):
-            for l in range(min(len(muls), len(muls_out))):
-                y, w = degree(out, muls_out, l), weights.pop(0).expand(2 * l + 1, -1, -1)
-                torch.baddbmm(y, degree(x, muls, l), w, beta=min(i, 1), alpha=muls[l] ** -0.5, out=y)
+        xs, weights = Linear.sort(ctx, tensors)
+        out = xs[0].new_empty(len(xs[0]), sum((2 * l + 1) * m for l, m in enumerate(muls_out)))
+
+        def launch(l):
+            y = degree(out, muls_out, l)
+            for i, (x, muls, ws) in enumerate(zip(xs, muls_in, weights)):
+                if l < len(ws):
+                    w = ws[l].expand(2 * l + 1, -1, -1)
+                    torch.baddbmm(y, degree(x, muls, l), w, beta=min(i, 1), alpha=muls[l] ** -0.5, out=y)
+
+        side_by_side([functools.partial(launch, l) for l in range(len(muls_out))], out.device)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        n = len(ctx.muls_in)
-        xs, weights, g = ctx.saved_tensors[:n], list(ctx.saved_tensors[n:]), g.contiguous()
-        need = list(ctx.needs_input_grad[2:])
-        gxs, gws = [], []
-        for x, muls, need_x in zip(xs, ctx.muls_in, need):
-            common = min(len(muls), len(ctx.muls_out))
-            gx = (torch.empty_like if common == len(muls) else torch.zeros_like)(x) if need_x else None
-            for l in range(common):
-                w, gy, scale = weights.pop(0), degree(g, ctx.muls_out, l), muls[l] ** -0.5
-                if need_x:
-                    part = degree(gx, muls, l)
-                    torch.baddbmm(part, gy, w.T.expand(2 * l + 1, -1, -1), beta=0, alpha=scale, out=part)
-                gw = None
-                if need[n + len(gws)]:
-                    xl = degree(x, muls, l).reshape(-1, muls[l])
-                    gw = torch.addmm(w, xl.T, gy.reshape(-1, gy.shape[2]), beta=0, alpha=scale)
-                gws.append(gw)
-            gxs.append(gx)
-        return None, None, *gxs, *gws
+        g, (xs, weights) = g.contiguous(), Linear.sort(ctx, ctx.saved_tensors)
+        need_xs, need_weights = Linear.sort(ctx, ctx.needs_input_grad[2:])
+        gxs, gws = [None] * len(xs), [[None] * len(ws) for ws in weights]
+        for i, (x, muls, ws) in enumerate(zip(xs, ctx.muls_in, weights)):
+            if need_xs[i]:
+                gxs[i] = (torch.empty_like if len(ws) == len(muls) else torch.zeros_like)(x)
+
+        def launch(l):
+            gy = degree(g, ctx.muls_out, l)
+            for i, (x, muls, ws) in enumerate(zip(xs, ctx.muls_in, weights)):
+                if l < len(ws):
+                    w, scale = ws[l], muls[l] ** -0.5
+                    if need_xs[i]:
+                        gx = degree(gxs[i], muls, l)
+                        torch.baddbmm(gx, gy, w.T.expand(2 * l + 1, -1, -1), beta=0, alpha=scale, out=gx)
+                    if need_weights[i][l]:
+                        xl = degree(x, muls, l).reshape(-1, muls[l])
+                        gws[i][l] = torch.addmm(w, xl.T, gy.reshape(-1, gy.shape[2]), beta=0, alpha=scale)
+
+        side_by_side([functools.partial(launch, l) for l in range(len(ctx.muls_out))], g.device)
+        return None, None, *gxs, *sum(gws, [])
+
+    @staticmethod
+    def sort(ctx, items):
+        """What comes one for each of xs, and then for each weight -> (that of xs, that of weights [of x][degree])"""
+        n, items = len(ctx.muls_in), list(items)
+        of_weights = iter(items[n:])
+        return items[:n], [[next(of_weights) for _ in range(min(len(m), len(ctx.muls_out)))] for m in ctx.muls_in]
 
 
 class NormGate(torch.autograd.Function):

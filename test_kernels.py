@@ -16,11 +16,12 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 
+import data
 import kernels
 import model as nequix
 from calc import NequixCalculator
 from model import Nequix, energy_forces_stress, fused_kernels, torch_conv
-from test_data import batch_of
+from test_data import batch_of, odd_structures
 from test_model import SHARED, needs_shared, to
 from train import loss_and_gradient
 
@@ -40,11 +41,12 @@ HOST = r"""
 #include <ucontext.h>
 #include <algorithm>
 #include <functional>
+#include <utility>
 #include <vector>
 using std::max;
 using std::min;
 typedef long long i64;
-#define DEV static inline
+#define DEV inline
 #define __global__
 #define __shared__
 #define __launch_bounds__(...)
@@ -127,7 +129,7 @@ template <class T> static T __ldg(const T* p) {
 }
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
-static void atomicAdd(float* p, float x) { *p += x; }
+template <class T> static T atomicAdd(T* p, T x) { return std::exchange(*p, *p + x); }
 static void add2(float* p, float a, float b) { p[0] += a; p[1] += b; }
 static void add4(float* p, float a, float b, float c, float d) { p[0] += a; p[1] += b; p[2] += c; p[3] += d; }
 static float __shfl_xor_sync(unsigned, float x, int d) { return together(x, [&](float* v) { return v[threadIdx.x % 32 ^ d]; }); }
@@ -210,27 +212,25 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 needs_device = pytest.mark.skipif(not torch.cuda.is_available() and not shutil.which("g++"), reason="needs a CUDA GPU or g++")
 
 
-class OnCPU(kernels.Kernels):
-    """The kernels' own source, compiled for the CPU."""
+class OnCPU:
+    """The kernels' own source, compiled for the CPU, in place of kernels.Module."""
 
     n_sm = 1
 
-    limit = 1 << 18
-
-    def shared_memory(self):
-        return self.limit
-
-    def compile(self, code):
+    def __init__(self, code, device):
         launches = "\n".join(
             f'extern "C" void launch_{t}(void (*f)(const {t}), const {t}* a, int x, int y, int n) {{ launch<{t}>(f, a, x, y, n); }}'
-            for t in ("Args", "Geometry", "Mlp", "Nodes")
+            for t in ("Args", "Geometry", "Mlp", "Nodes", "Pairs")
+            if f"struct {t} {{" in code
         )
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "kernels.cpp"
             file.write_text(HOST + code.removeprefix(kernels.HARDWARE) + launches)
             subprocess.run(["g++", "-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-o", f"{file}.so", file], check=True)
             self.compiled = ctypes.CDLL(f"{file}.so")
-        self.resident = {k.function: 2 for ks in self.shape.kernels.values() for k in ks} | dict(radial_mlp=2, radial_mlp_back=2)
+
+    def resident(self, name, threads, shared):
+        return 2
 
     def launch(self, name, grid, args, threads, shared=0):
         run = getattr(self.compiled, f"launch_{type(args).__name__}")
@@ -238,10 +238,29 @@ class OnCPU(kernels.Kernels):
 
 
 @functools.lru_cache
-def fused_on_cpu(*shape):
+def fused_on_cpu(*shape, shared_memory=1 << 18):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "Kernels", OnCPU)
+        patch.setattr(kernels, "Module", OnCPU)
+        patch.setattr(kernels, "shared_memory", lambda device: shared_memory)
         return fused_kernels.__wrapped__(*shape)
+
+
+@needs_device
+def test_pairs_equal_those_of_the_cpu(monkeypatch):
+    structures = odd_structures()
+    numbers, positions, cell, pbc = (np.concatenate([getattr(a, k) for a in structures]) for k in ("numbers", "positions", "cell", "pbc"))
+    structure = torch.repeat_interleave(torch.arange(len(structures)), torch.tensor([len(a) for a in structures]))
+    arrays = torch.from_numpy(positions), torch.from_numpy(cell).view(-1, 3, 3), torch.from_numpy(pbc).view(-1, 3), structure
+    expected = data.neighbor_list(*arrays, 6.0, torch.device("cpu"))
+    if torch.cuda.is_available():
+        got = [t.cpu() for t in data.neighbor_list(*arrays, 6.0, CUDA)]
+    else:
+        monkeypatch.setattr(kernels, "pairs_module", functools.lru_cache(lambda device: OnCPU(kernels.PAIRS, device)))
+        got = kernels.find_pairs(6.0, **data.linked_cells(*arrays, 6.0))
+    assert len(got[0]) > 10_000
+    for a, b in zip(got[:4], expected):
+        assert torch.equal(a, b)
+    assert (got[4] - expected[4]).abs().max() < 1e-12
 
 
 def test_convolution_refuses_other_tensors():
@@ -284,9 +303,8 @@ def test_kernels(muls, lmax, muls_out, exact):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.parametrize("limit, warps", [(45_000, 2), (1, 1)])
-def test_a_gpu_with_less_shared_memory(limit, warps, monkeypatch):
-    monkeypatch.setattr(OnCPU, "limit", limit)
-    k = fused_on_cpu.__wrapped__((24, 12), (24, 12), 1, 64, 8, False, True, torch.device("cpu"))
+def test_a_gpu_with_less_shared_memory(limit, warps):
+    k = fused_on_cpu((24, 12), (24, 12), 1, 64, 8, False, True, torch.device("cpu"), shared_memory=limit)
     assert k.shape.warps == warps
     check_kernels(k, (24, 12), (24, 12), 8)
 
