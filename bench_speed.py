@@ -26,7 +26,7 @@ from calc import NequixCalculator
 from data import TRAIN, PackedSet, prefetch
 from model import Nequix
 from muon import Muon
-from train import label_counts, loss_and_gradient
+from train import Replay, label_counts
 
 
 def clock(device):
@@ -47,38 +47,44 @@ def warm(atoms, kelvin=300):
     atoms.set_momenta(momenta - momenta.mean(0))
 
 
-def ase_steps(calc, sizes, steps):
+def ase_steps(calc, symbols, sizes, steps):
     """Velocity Verlet at 300 K, 1 fs; and apart: making the list, seeing that it is complete, the model."""
-    columns = "atoms edges/list ms/step median lists rebuild_ms locate_ms model_ms memory_GiB".split()
-    print(f"{'':9}" + "".join(f"{c:>12}" for c in columns))
-    for symbol, n in itertools.product(("Si", "C"), sizes):
+    columns = "atoms edges/list ms/step median lists rebuild_ms locate_ms model_ms atoms/s memory_GiB".split()
+    print(f"{'':5}" + "".join(f"{c:>11}" for c in columns))
+    for symbol, n in itertools.product(symbols, sizes):
         atoms = crystal(symbol, n)
-        atoms.calc, calc.listed = calc, None
+        atoms.calc, calc.listed, calc.replay = calc, None, None
         warm(atoms)
         md = VelocityVerlet(atoms, 1 * units.fs)
         if calc.device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(calc.device)
-        md.run(10)  # kernels are built
-        times, lists, made = [], 0, calc.listed
-        for _ in range(steps):
-            start = clock(calc.device)
-            md.run(1)
-            times.append(clock(calc.device) - start)
-            lists, made = lists + (calc.listed is not made), calc.listed
-        parts = []
-        for part in ("rebuild", "locate", "model"):
-            start = clock(calc.device)
-            for _ in range(10):
-                if part == "rebuild":
-                    calc.listed = None
-                if part != "model":
-                    place = calc.locate(atoms)
-                else:
-                    calc.evaluate(place, again=True)
-            parts.append((clock(calc.device) - start) * 100)
+        try:
+            md.run(min(steps, 10))  # kernels are built
+            times, lists, made = [], 0, calc.listed
+            for _ in range(steps):
+                start = clock(calc.device)
+                md.run(1)
+                times.append(clock(calc.device) - start)
+                lists, made = lists + (calc.listed is not made), calc.listed
+            parts, repeat = [], min(steps, 10)
+            for part in ("rebuild", "locate", "model"):
+                start = clock(calc.device)
+                for _ in range(repeat):
+                    if part == "rebuild":
+                        calc.listed = None
+                    if part != "model":
+                        place = calc.locate(atoms)
+                    else:
+                        calc.evaluate(place, again=True)
+                parts.append((clock(calc.device) - start) * 1000 / repeat)
+        except (torch.cuda.OutOfMemoryError, ValueError) as e:
+            print(f"{symbol:5}{len(atoms):11} does not fit: {str(e).splitlines()[0][:90]}")
+            continue
         memory = torch.cuda.max_memory_allocated(calc.device) / 2**30 if calc.device.type == "cuda" else 0
-        parts = [1000 * np.mean(times), 1000 * np.median(times), lists, *parts, memory]
-        print(f"{symbol:9}{len(atoms):12}{len(calc.listed[0].senders):12}" + "".join(f"{p:12.3f}" for p in parts))
+        parts = [f"{p:11.3f}" for p in (1000 * np.mean(times), 1000 * np.median(times), lists, *parts)]
+        rate = f"{1000 * len(atoms) / float(parts[-1]):11.0f}{memory:11.3f}"
+        print(f"{symbol:5}{len(atoms):11}{len(calc.listed[0].senders):11}" + "".join(parts) + rate, flush=True)
 
 
 def relaxations(calc, path, n, fmax, steps, n_ase):
@@ -135,18 +141,19 @@ def training(path, device, conv, batches, steps):
     torch.manual_seed(0)
     model = Nequix(packed.meta["statistics"], conv).to(device)
     params = list(model.parameters())
+    replay = Replay(model, (20.0, 20.0, 5.0))
     averaged, optimizer = [p.detach().clone() for p in params], Muon(params, lr=0.01)
     edges = packed.n_edges[frames].mean()
     print(f"{len(frames)} frames, {packed.n_atoms[frames].mean():.1f} atoms and {edges:.0f} edges on average; intervals of {steps} steps")
     print(f"{'batch':>8}{'ms/step':>30}{'structures/s':>30}{'memory_GiB':>12}")
     for size in batches:
-        counts = [n * size / len(frames) for n in label_counts(packed, frames)]
+        counts = label_counts(packed, frames) * size / len(frames)
 
         def run(n):
             pieces = [np.resize(rng.permutation(frames), size) for _ in range(n)]
             for batch in prefetch(packed, pieces):
                 optimizer.zero_grad(set_to_none=False)
-                loss_and_gradient(model, batch, (20.0, 20.0, 5.0), counts)
+                replay(batch, counts)
                 optimizer.step()
                 torch._foreach_lerp_(averaged, [p.data for p in params], 0.001)
 
@@ -171,6 +178,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
     p.add_argument("--sizes", type=int, nargs="+", default=[64, 1000, 8000], help="atoms")
+    p.add_argument("--crystals", nargs="+", default=["Si", "C"], choices=["Si", "C"], help="default: both")
     p.add_argument("--steps", type=int, default=100, help="timed ASE steps (default: 100)")
     p.add_argument("--relax", metavar="FILE", help="relax the structures of this file instead")
     p.add_argument("--n", type=int, default=2000, help="with --relax: so many of them (default: 2000)")
@@ -202,7 +210,7 @@ def main():
         elif a.nve:
             nve(a.weights, a.device, a.conv, a.sizes, a.ps)
         else:
-            ase_steps(calc, a.sizes, a.steps)
+            ase_steps(calc, a.crystals, a.sizes, a.steps)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

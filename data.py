@@ -13,6 +13,7 @@ structures in all.
 import argparse
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -308,30 +309,31 @@ def permutation(n, seed, epoch):
 
 def step_indices(train, batch, seed, step):
     """The frames of a step, (batch,), out of `train` (n,)."""
-    at = np.arange(step * batch, (step + 1) * batch)
-    return np.array([train[permutation(len(train), seed, int(i // len(train)))[i % len(train)]] for i in at])
+    epoch, first = divmod(step * batch, len(train))
+    order = [permutation(len(train), seed, e) for e in range(epoch, epoch + (first + batch - 1) // len(train) + 1)]
+    return train[np.concatenate(order)[first : first + batch]]
 
 
 def deal(indices, n_edges, ranks):
     """Split frames among ranks so that edges balance: the largest first, each to the least loaded rank."""
-    load, hands = np.zeros(ranks), [[] for _ in range(ranks)]
-    for i in sorted(indices, key=lambda i: -n_edges[i]):
-        rank = load.argmin()
-        hands[rank].append(i)
-        load[rank] += n_edges[i] + 1
-    return [np.array(h, dtype=np.int64) for h in hands]
+    load, hands = [(0, rank) for rank in range(ranks)], [[] for _ in range(ranks)]
+    edges = n_edges[indices]
+    for k in np.argsort(-edges, kind="stable").tolist():
+        least, rank = load[0]
+        hands[rank].append(k)
+        heapq.heapreplace(load, (least + int(edges[k]) + 1, rank))
+    return [indices[np.array(h, dtype=np.int64)] for h in hands]
 
 
 def micro_batches(indices, n_atoms, n_edges, max_atoms, max_edges):
     """Split frames into pieces within an atom and an edge budget; a frame beyond the budget is a piece of its own."""
-    pieces, atoms, edges = [], np.inf, np.inf
-    for i in indices:
-        if atoms + n_atoms[i] > max_atoms or edges + n_edges[i] > max_edges:
-            pieces.append([])
-            atoms = edges = 0
-        pieces[-1].append(i)
-        atoms, edges = atoms + n_atoms[i], edges + n_edges[i]
-    return [np.array(p, dtype=np.int64) for p in pieces]
+    ends, atoms, edges = [], 0, 0
+    for k, (a, e) in enumerate(zip(n_atoms[indices].tolist(), n_edges[indices].tolist())):
+        atoms, edges = atoms + a, edges + e
+        if k and (atoms > max_atoms or edges > max_edges):
+            ends.append(k)
+            atoms, edges = a, e
+    return np.split(indices, ends) if len(indices) else []
 
 
 def prefetch(packed, pieces):
@@ -453,8 +455,8 @@ def pack_job(job, max_force, need_stress):
             frames.append((name, frame_arrays(atoms, name, max_force, need_stress) | dict(order=np.array([k]))))
         except ValueError as e:
             problems.append((name, str(e)))
-    good, sizes = [], [len(f["numbers"]) for _, f in frames]
-    for part in micro_batches(range(len(frames)), sizes, sizes, 500, np.inf):
+    good, sizes = [], np.array([len(f["numbers"]) for _, f in frames], dtype=np.int64)
+    for part in micro_batches(np.arange(len(frames)), sizes, sizes, 500, np.inf):
         arrays = [frames[i][1] for i in part]
         a = {k: np.concatenate([f[k] for f in arrays]) for k in ("numbers", "positions", "cell", "pbc")}
         n_atoms = torch.tensor([sizes[i] for i in part])

@@ -1897,24 +1897,30 @@ def edge_tangents(k, vectors, along):
 
 
 class ForceConv(torch.autograd.Function):
-    """The convolution as a function of x and of the edges' vectors, hidden[1] being d hidden[0] / dr. Writes to `out`, and
-    returns it; adds its gradients by harmonics and r to `gsh` and `gr`, and leaves that by x in `gx`. The first layer, whose
-    backward is the last, is given what `Edges` returned, and returns the sums."""
+    """The convolution as a function of x and of the edges' vectors. `radial` gives hidden (2, E, K), its values and derivatives
+    by r; if `hidden` is None it is asked again in the backward, and memory saved. Writes to `out`, and returns it; adds its
+    gradients by harmonics and r to `gsh` and `gr`, and leaves that by x in `gx`; both are made if None. The first layer,
+    whose backward is the last, is given what `Edges` returned, and returns the sums."""
 
     @staticmethod
-    def forward(ctx, k, x, by_sh, by_r, sh, hidden, w3, senders, row_ptr, out, gx, gsh, gr):
+    def forward(ctx, k, x, by_sh, by_r, sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr):
         ctx.k, ctx.gx, ctx.gsh, ctx.gr, ctx.first = k, gx, gsh, gr, by_sh is not None
+        ctx.radial = radial
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
+        hidden = radial() if hidden is None else hidden
+        out = x.new_empty(len(x), k.shape.y_dim) if out is None else out
         return k.forward("forward_false", out, x, sh, hidden[0], w3, senders, row_ptr)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
-        gx = ctx.gx.zero_() if ctx.needs_input_grad[1] else None
+        hidden, gx = ctx.radial() if hidden is None else hidden, None
+        if ctx.needs_input_grad[1]:
+            gx = torch.zeros_like(x) if ctx.gx is None else ctx.gx.zero_()
         tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh, gr=ctx.gr)
         ctx.k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, gy.contiguous(), **tensors)
-        return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 9
+        return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 10
 
 
 class DualConv(torch.autograd.Function):
@@ -1958,8 +1964,8 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, muls_out, muls_in, *tensors):
         ctx.muls_out, ctx.muls_in = muls_out, muls_in
-        ctx.save_for_backward(*tensors)
         xs, weights = Linear.sort(ctx, tensors)
+        ctx.save_for_backward(*(xs if any(ctx.needs_input_grad[2 + len(xs) :]) else [None] * len(xs)), *tensors[len(xs) :])
         out = xs[0].new_empty(len(xs[0]), sum((2 * l + 1) * m for l, m in enumerate(muls_out)))
 
         def launch(l):
@@ -1978,9 +1984,10 @@ class Linear(torch.autograd.Function):
         g, (xs, weights) = g.contiguous(), Linear.sort(ctx, ctx.saved_tensors)
         need_xs, need_weights = Linear.sort(ctx, ctx.needs_input_grad[2:])
         gxs, gws = [None] * len(xs), [[None] * len(ws) for ws in weights]
-        for i, (x, muls, ws) in enumerate(zip(xs, ctx.muls_in, weights)):
+        for i, (muls, ws) in enumerate(zip(ctx.muls_in, weights)):
             if need_xs[i]:
-                gxs[i] = (torch.empty_like if len(ws) == len(muls) else torch.zeros_like)(x)
+                size = sum((2 * l + 1) * m for l, m in enumerate(muls))
+                gxs[i] = (g.new_empty if len(ws) == len(muls) else g.new_zeros)(len(g), size)
 
         def launch(l):
             gy = degree(g, ctx.muls_out, l)

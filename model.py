@@ -332,6 +332,9 @@ def parse_hidden(text):
     return [int(t[1]) for t in terms]
 
 
+RECOMPUTE = 4_000_000  # edges from which on inference keeps no hidden layers of the radial MLP, half its memory
+
+
 class Nequix(nn.Module):
     """config: atomic_numbers (the species, in order) and atom_energies (E0, eV, one a species); avg_n_neighbors, scale
     (eV/A), shift (eV), as DataSet statistics of data.py; and the keys of DEFAULTS. Raises ValueError for a bad one."""
@@ -385,13 +388,15 @@ class Nequix(nn.Module):
         state = x, sh, basis, senders, row_ptr, []
         for layer in self.layers:
             k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
-            hidden = k.radial(basis, inner)
-            n, rows = len(x), len(x) * (1 + keep)  # those of `fused_tangent` hold values, then tangents
-            out, gx = x.new_empty(rows, k.shape.y_dim), x.new_zeros(rows, k.shape.x_dim)
-            if keep:
-                state[-1].append((hidden, out, gx))
+            radial, hidden, out, gx = functools.partial(k.radial, basis, inner), None, None, None
+            if keep:  # those of `fused_tangent` hold values, then tangents
+                n, hidden = len(x), radial()
+                state[-1].append((hidden, x.new_empty(2 * n, k.shape.y_dim), x.new_zeros(2 * n, k.shape.x_dim)))
+                out, gx = state[-1][-1][1][:n], state[-1][-1][2][n:]
+            elif len(senders) < RECOMPUTE:
+                hidden = radial()
             edges = (by_sh, by_r) if layer is self.layers[0] else (None, None)
-            tensors = sh, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out[:n], gx[rows - n :], gsh, gr
+            tensors = sh, radial, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out, gx, gsh, gr
             x = layer.fused(x, lambda h: kernels.ForceConv.apply(k, h, *edges, *tensors), False)
         energy = x @ (self.readout[0] * len(self.readout[0]) ** -0.5)
         return c["scale"] * energy.flatten().double() + c["shift"], state

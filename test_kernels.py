@@ -23,7 +23,7 @@ from calc import NequixCalculator
 from model import Nequix, energy_forces_stress, fused_kernels, torch_conv
 from test_data import batch_of, odd_structures
 from test_model import SHARED, needs_shared, to
-from train import loss_and_gradient
+from train import Padded, Replay, loss_and_gradient
 
 CUDA = torch.device("cuda")
 
@@ -418,6 +418,9 @@ def test_a_step_without_double_backward(norm, monkeypatch):
     loss, efs, grads = gradients(model, batch, "fused", torch.float32)
     assert abs(loss / reference[0] - 1) < 1e-5
     assert (efs[0] - reference[1][0]).abs().max() < 2e-6 and distance(efs[1], reference[1][1]) < 1e-5  # eV
+    monkeypatch.setattr(nequix, "RECOMPUTE", 0)
+    again = [t.detach() for t in energy_forces_stress(model, batch)]
+    assert torch.equal(again[0], efs[0]) and distance(again[1], efs[1]) < 1e-6
     assert distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference[2]])) < 1e-5
     with pytest.raises(ValueError, match="differentiable once"):
         energy_forces_stress(model, batch, create_graph=True)
@@ -459,6 +462,37 @@ def compare_gradients(model, exact):
     print(f"gradient {total:.1e}, worst {worst} {errors[worst]:.1e}, loss {abs(loss / ref_loss - 1):.1e}, forces {force:.1e}")
     assert total < (1e-3 if exact else 1e-2) and abs(loss / ref_loss - 1) < (1e-5 if exact else 1e-2)
     assert torch.allclose(efs[0], ref_efs[0], rtol=0, atol=1e-4 if exact else 1e-1)
+
+
+@needs_device
+def test_padded_batches_and_their_cuda_graph(monkeypatch):
+    """One batch after another in the room of the first, the last one beyond it: gradients as without padding."""
+    model, weights = random_model(hidden="12x0e+6x1o", layers=2), (20.0, 20.0, 500.0)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(nequix, "fused_kernels", fused_on_cpu)
+        monkeypatch.setattr(nequix, "choose_conv", lambda *_: "fused")
+    si, nacl, fe, ethane, water = structures()
+    device, params, counts = model.e0.device, list(model.parameters()), np.array([2.0, 9.0, 9.0])
+    replay, padded = Replay(model, weights), None
+
+    def gradient(f, *args):
+        model.zero_grad(set_to_none=False)
+        loss = f(*args).item()
+        return loss, torch.cat([p.grad.flatten() for p in params])
+
+    for some in ([nacl, ethane, water], [si, water], [water, nacl], [water] * 3 + [nacl, si]):
+        batch = batch_on(device, some)
+        loss, expected = gradient(loss_and_gradient, model, batch, weights, counts)
+        if torch.cuda.is_available():
+            before, got = replay.padded, gradient(replay, batch, counts)
+            assert (replay.padded is before) == (before is not None and len(some) < 5)
+        else:
+            padded = padded or Padded(batch)
+            assert padded.fill(batch) == (len(some) < 5)
+            if len(some) == 5:
+                break
+            got = gradient(loss_and_gradient, model, padded.batch, weights, torch.from_numpy(counts))
+        assert got[0] == pytest.approx(loss, rel=1e-6) and distance(got[1], expected) < 1e-5
 
 
 @needs_cuda

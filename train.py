@@ -10,6 +10,8 @@ Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, mo
 """
 
 import argparse
+import functools
+import gc
 import math
 import os
 import platform
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import model as nequix
-from data import PackedSet, deal, micro_batches, prefetch, step_indices
+from data import Batch, PackedSet, deal, micro_batches, prefetch, step_indices
 from model import Nequix, energy_forces_stress
 from muon import Muon
 
@@ -137,7 +139,7 @@ def batch_loss(batch, predicted, weights, counts):
     """
     de, _, df, _, ds, _ = differences(batch, predicted)
     sums = de.abs().sum(), torch.linalg.vector_norm(df, dim=1).sum(), ds.abs().sum()
-    return sum(w * s / max(n, 1) for w, s, n in zip(weights, sums, counts))
+    return sum(w * s / n for w, s, n in zip(weights, sums, counts))
 
 
 def loss_and_gradient(model, batch, weights, counts):
@@ -158,7 +160,7 @@ def loss_and_gradient(model, batch, weights, counts):
     loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
     by_energy, direction = torch.autograd.grad(loss, (energy, g))
     # In units of the direction's largest component: the tangents are then of an order that suits float16.
-    largest = torch.cat([direction.abs().flatten(), direction.new_tensor([1e-30])]).max()
+    largest = torch.cat([direction.abs().flatten(), direction.new_full((1,), 1e-30)]).max()
     unit = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two: nothing is rounded
     energy, derivative = model.fused_tangent(batch.vectors, direction / unit, state)
     params = list(model.parameters())
@@ -170,10 +172,76 @@ def loss_and_gradient(model, batch, weights, counts):
     return loss.detach()
 
 
+class Padded:
+    """A Batch of fixed size, with room for a tenth more than the one given, which others are copied to; it has all that
+    loss_and_gradient needs. Atoms beyond theirs have no edges and belong to the last structure, which like all structures
+    beyond theirs has no labels; edges beyond theirs are outside row_ptr, and count for nothing."""
+
+    FIELDS = "numbers cell pbc n_atoms structure senders receivers row_ptr vectors energy forces stress".split()
+
+    def __init__(self, batch):
+        tensors = {k: getattr(batch, k) for k in self.FIELDS}
+        room = {k: t[:1].repeat(len(t) + len(t) // 10 + 1, *[1] * (t.ndim - 1)) for k, t in tensors.items()}
+        self.batch = Batch(positions=None, shifts=None, **room)
+        self.fill(batch)
+
+    def fill(self, batch):
+        """False if there is no room."""
+        b, a, e, s = self.batch, len(batch.numbers), len(batch.senders), len(batch.cell)
+        if a > len(b.numbers) or e > len(b.senders) or s >= len(b.cell):
+            return False
+        new = [getattr(batch, k) for k in self.FIELDS]
+        torch._foreach_copy_([getattr(b, k)[: len(t)] for k, t in zip(self.FIELDS, new)], new)
+        b.row_ptr[a + 1 :], b.structure[a:] = e, len(b.cell) - 1
+        b.energy[s:], b.forces[a:], b.stress[s:] = torch.nan, torch.nan, torch.nan
+        return True
+
+
+class Replay:
+    """`loss_and_gradient` of one batch after another. With fused kernels on CUDA a graph of it is captured once, and is then one
+    launch in place of a thousand. Above MOST edges the GPU is at work for longer than Python launches, and the graph's
+    memory, which is its own, would be in the way."""
+
+    MOST = 1_000_000
+
+    def __init__(self, model, weights):
+        self.model, self.weights, self.padded = model, weights, None
+        for p in model.parameters():  # where the graph adds to
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+    def __call__(self, batch, counts):
+        cuda = batch.vectors.device.type == "cuda"
+        if not cuda or self.model.chosen_conv() != "fused" or not 0 < len(batch.senders) <= self.MOST:
+            return loss_and_gradient(self.model, batch, self.weights, counts)
+        if not (self.padded and self.padded.fill(batch)):
+            self.padded = self.graph = self.loss = None  # frees its memory
+            self.capture(Padded(batch))
+        self.counts.copy_(torch.from_numpy(counts))
+        self.graph.replay()
+        return self.loss
+
+    def capture(self, padded):
+        self.counts = padded.batch.energy.new_ones(3)
+        run = functools.partial(loss_and_gradient, self.model, padded.batch, self.weights, self.counts)
+        grads = [p.grad for p in self.model.parameters()]
+        before = [g.clone() for g in grads]
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        gc.collect()  # of earlier steps' autograd graphs, whose leaves are tied to another stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()  # libraries set themselves up outside the capture
+            torch._foreach_copy_(grads, before)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            self.loss = run()
+        self.padded, self.graph = padded, graph
+
+
 def label_counts(packed, indices):
-    """Structures with an energy, atoms with forces, stress components: what the loss of `indices` is divided by."""
+    """Structures with an energy, atoms with forces, stress components, (3,): what the loss of `indices` is divided by."""
     forces = packed.n_atoms[indices][packed.has_forces[indices]].sum()
-    return packed.has_energy[indices].sum(), forces, 9 * packed.has_stress[indices].sum()
+    counts = packed.has_energy[indices].sum(), forces, 9 * packed.has_stress[indices].sum()
+    return np.maximum(counts, 1.0)
 
 
 @torch.no_grad()
@@ -391,6 +459,7 @@ def train(a, device, dtype, rank, ranks):
     optimizer = make_optimizer(params, a)
     max_edges = a.max_edges or default_max_edges(model, device)
     weights = a.energy_weight, a.force_weight, a.stress_weight
+    replay = Replay(model, weights)
 
     # Resume. Nothing is drawn at random after the initial weights; the position in the data is the step.
     step, train_s, gpu_h, history, losses = 0, 0.0, 0.0, [], deque(maxlen=1000)
@@ -508,8 +577,7 @@ def train(a, device, dtype, rank, ranks):
 
     # Warm-up outside the clock: kernels are built, and the gradient thrown away.
     if step < total:
-        first = micro_batches(step_indices(train_frames, a.batch, a.seed, step)[:2], packed.n_atoms, packed.n_edges, 1e9, 1e9)
-        loss_and_gradient(model, packed.batch(first[0]), weights, (1, 1, 1))
+        replay(packed.batch(pieces_of(step)[0]), np.ones(3))
         flat.zero_()
     if not history:
         validate()
@@ -523,11 +591,11 @@ def train(a, device, dtype, rank, ranks):
         fits = True
         try:
             for _ in pieces_of(step):
-                flat[-2] += loss_and_gradient(model, next(batches), weights, counts)
+                flat[-2] += replay(next(batches), counts)
         except torch.cuda.OutOfMemoryError:
             fits = False
         if not fits:  # outside the handler, which holds on to the failed graph: the step again, in smaller pieces
-            max_edges //= 2
+            max_edges, replay = max_edges // 2, Replay(model, weights)
             flat.zero_()
             torch.cuda.empty_cache()
             if max_edges < 1000:
