@@ -141,13 +141,16 @@ def training(path, device, conv, batches, steps):
     torch.manual_seed(0)
     model = Nequix(packed.meta["statistics"], conv).to(device)
     params = list(model.parameters())
-    replay = Replay(model, (20.0, 20.0, 5.0))
     averaged, optimizer = [p.detach().clone() for p in params], Muon(params, lr=0.01)
     edges = packed.n_edges[frames].mean()
     print(f"{len(frames)} frames, {packed.n_atoms[frames].mean():.1f} atoms and {edges:.0f} edges on average; intervals of {steps} steps")
     print(f"{'batch':>8}{'ms/step':>30}{'structures/s':>30}{'memory_GiB':>12}")
     for size in batches:
         counts = label_counts(packed, frames) * size / len(frames)
+        replay = Replay(model, (20.0, 20.0, 5.0))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
         def run(n):
             pieces = [np.resize(rng.permutation(frames), size) for _ in range(n)]
@@ -159,8 +162,6 @@ def training(path, device, conv, batches, steps):
 
         try:
             run(3)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             times = []
             for _ in range(3):
                 start = clock(device)

@@ -10,6 +10,7 @@ Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, mo
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import math
@@ -577,7 +578,8 @@ def train(a, device, dtype, rank, ranks):
 
     # Warm-up outside the clock: kernels are built, and the gradient thrown away.
     if step < total:
-        replay(packed.batch(pieces_of(step)[0]), np.ones(3))
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first step will deal with it
+            replay(packed.batch(pieces_of(step)[0]), np.ones(3))
         flat.zero_()
     if not history:
         validate()
