@@ -1717,12 +1717,12 @@ class Kernels:
         """The kernels of all degrees; a block takes `atoms` nodes at a time. Raises ValueError if there are too many."""
         if max(x.numel(), 16 * len(senders)) >= 2**31:
             raise ValueError(f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time")
-        kernels = self.shape.kernels[name]
+        kernels, n_atoms = self.shape.kernels[name], len(tensors["row_ptr"]) - 1
         taken = torch.zeros(sum(k.slabs for k in kernels), dtype=torch.int32, device=self.device)
-        args = fill(Args, x=x, senders=senders, n_atoms=len(x), cg=self.cg, taken=taken, **tensors)
+        args = fill(Args, x=x, senders=senders, n_atoms=n_atoms, cg=self.cg, taken=taken, **tensors)
 
         def launch(k):
-            self.launch(k.function, (self.blocks(k, len(x), atoms), k.slabs), args, k.threads, k.shared)
+            self.launch(k.function, (self.blocks(k, n_atoms, atoms), k.slabs), args, k.threads, k.shared)
             args.taken += taken.element_size() * k.slabs
 
         side_by_side([functools.partial(launch, k) for k in kernels], self.device)
@@ -1897,30 +1897,46 @@ def edge_tangents(k, vectors, along):
 
 
 class ForceConv(torch.autograd.Function):
-    """The convolution as a function of x and of the edges' vectors. `radial` gives hidden (2, E, K), its values and derivatives
-    by r; if `hidden` is None it is asked again in the backward, and memory saved. Writes to `out`, and returns it; adds its
-    gradients by harmonics and r to `gsh` and `gr`, and leaves that by x in `gx`; both are made if None. The first layer,
-    whose backward is the last, is given what `Edges` returned, and returns the sums."""
+    """The convolution as a function of x and of the edges' vectors. `radial` gives hidden (2, e, K) of a slice of the edges, its
+    values and derivatives by r; it is asked for PIECE edges at a time, and again in the backward, if `hidden` is None. Writes
+    to `out`, and returns it; adds its gradients by harmonics and r to `gsh` and `gr`, and leaves that by x in `gx`; out and
+    gx are made if None. The first layer, whose backward is the last, is given what `Edges` returned, and returns the sums."""
 
     @staticmethod
     def forward(ctx, k, x, by_sh, by_r, sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr):
-        ctx.k, ctx.gx, ctx.gsh, ctx.gr, ctx.first = k, gx, gsh, gr, by_sh is not None
-        ctx.radial = radial
+        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr, ctx.first = k, radial, gx, gsh, gr, by_sh is not None
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
-        hidden = radial() if hidden is None else hidden
         out = x.new_empty(len(x), k.shape.y_dim) if out is None else out
-        return k.forward("forward_false", out, x, sh, hidden[0], w3, senders, row_ptr)
+        for nodes, edges, part, hidden in pieces(row_ptr, radial, hidden):
+            k.forward("forward_false", out[nodes], x, sh[edges], hidden[0], w3, senders[edges], part)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
-        hidden, gx = ctx.radial() if hidden is None else hidden, None
+        gx, gy = None, gy.contiguous()
         if ctx.needs_input_grad[1]:
             gx = torch.zeros_like(x) if ctx.gx is None else ctx.gx.zero_()
-        tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh, gr=ctx.gr)
-        ctx.k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, gy.contiguous(), **tensors)
+        for nodes, edges, part, hidden in pieces(row_ptr, ctx.radial, hidden):
+            tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh[edges], gr=ctx.gr[edges])
+            ctx.k.backward(0, x, sh[edges], hidden[0], w3, senders[edges], part, gy[nodes], **tensors)
         return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 10
+
+
+PIECE = 4_000_000  # edges
+
+
+def pieces(row_ptr, radial, hidden):
+    """Slices of nodes and of their edges, with row_ptr and hidden layers of these: all of them if `hidden` is given."""
+    if hidden is not None:
+        yield slice(None), slice(None), row_ptr, hidden
+        return
+    marks = torch.arange(PIECE, int(row_ptr[-1]), PIECE, device=row_ptr.device)
+    cuts = sorted({0, *(torch.searchsorted(row_ptr, marks, right=True) - 1).tolist(), len(row_ptr) - 1})
+    for a, b in zip(cuts, cuts[1:]):
+        begin, end = row_ptr[[a, b]].tolist()
+        yield slice(a, b), slice(begin, end), row_ptr[a : b + 1] - begin, radial(slice(begin, end))
 
 
 class DualConv(torch.autograd.Function):

@@ -332,9 +332,6 @@ def parse_hidden(text):
     return [int(t[1]) for t in terms]
 
 
-RECOMPUTE = 4_000_000  # edges from which on inference keeps no hidden layers of the radial MLP, half its memory
-
-
 class Nequix(nn.Module):
     """config: atomic_numbers (the species, in order) and atom_energies (E0, eV, one a species); avg_n_neighbors, scale
     (eV/A), shift (eV), as DataSet statistics of data.py; and the keys of DEFAULTS. Raises ValueError for a bad one."""
@@ -388,13 +385,13 @@ class Nequix(nn.Module):
         state = x, sh, basis, senders, row_ptr, []
         for layer in self.layers:
             k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
-            radial, hidden, out, gx = functools.partial(k.radial, basis, inner), None, None, None
+            radial = lambda edges, k=k, inner=inner: k.radial(basis[:, edges].contiguous(), inner)
+            hidden = radial(slice(None)) if keep or len(senders) < kernels.PIECE else None
+            out = gx = None
             if keep:  # those of `fused_tangent` hold values, then tangents
-                n, hidden = len(x), radial()
+                n = len(x)
                 state[-1].append((hidden, x.new_empty(2 * n, k.shape.y_dim), x.new_zeros(2 * n, k.shape.x_dim)))
                 out, gx = state[-1][-1][1][:n], state[-1][-1][2][n:]
-            elif len(senders) < RECOMPUTE:
-                hidden = radial()
             edges = (by_sh, by_r) if layer is self.layers[0] else (None, None)
             tensors = sh, radial, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out, gx, gsh, gr
             x = layer.fused(x, lambda h: kernels.ForceConv.apply(k, h, *edges, *tensors), False)

@@ -407,6 +407,16 @@ def structures():
     return out
 
 
+def test_pieces_of_many_edges(monkeypatch):
+    monkeypatch.setattr(kernels, "PIECE", 10)
+    row_ptr = torch.tensor([0, 0, 0, 4, 4, 9, 12, 45, 45, 50, 50])
+    got = list(kernels.pieces(row_ptr, lambda edges: torch.arange(100)[edges], None))
+    assert [(n.start, n.stop) for n, *_ in got] == [(0, 5), (5, 6), (6, 10)]  # cut before the nodes of edges 10, 20, ..
+    for nodes, edges, part, hidden in got:
+        assert torch.equal(part + edges.start, row_ptr[nodes.start : nodes.stop + 1])
+        assert part[0] == 0 and hidden.tolist() == list(range(edges.start, edges.stop))
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_step_without_double_backward(norm, monkeypatch):
@@ -418,7 +428,7 @@ def test_a_step_without_double_backward(norm, monkeypatch):
     loss, efs, grads = gradients(model, batch, "fused", torch.float32)
     assert abs(loss / reference[0] - 1) < 1e-5
     assert (efs[0] - reference[1][0]).abs().max() < 2e-6 and distance(efs[1], reference[1][1]) < 1e-5  # eV
-    monkeypatch.setattr(nequix, "RECOMPUTE", 0)
+    monkeypatch.setattr(kernels, "PIECE", 150)
     again = [t.detach() for t in energy_forces_stress(model, batch)]
     assert torch.equal(again[0], efs[0]) and distance(again[1], efs[1]) < 1e-6
     assert distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference[2]])) < 1e-5
