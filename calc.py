@@ -32,6 +32,7 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import GPa
 
 import data
+import kernels
 import model as nequix
 from model import energy_forces_stress
 
@@ -83,16 +84,8 @@ class Replay:
         b.senders, b.receivers = listed.senders.new_zeros(edges), listed.receivers.new_zeros(edges)
         b.row_ptr, b.shifts = listed.row_ptr.clone(), listed.shifts.new_ones(edges, 3)
         self.fill(listed)
-        side, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.run(model)  # libraries set themselves up outside the capture
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.out = self.run(model)
-
-    def run(self, model):
-        return flat(energy_forces_stress(model, at(self.batch, *apart(self.place))))
+        run = lambda: flat(energy_forces_stress(model, at(b, *apart(self.place))))
+        self.graph, self.out = kernels.capture(run, b.senders.device)
 
     def fill(self, listed):
         """Take over another list of edges; False if there is no room."""
@@ -377,7 +370,7 @@ class NequixCalculator(Calculator):
     def evaluate(self, place, again):
         """`flat` results; by a CUDA graph once a structure has come again, as long as launches and not edges cost."""
         listed, numbers, pbc = self.listed[:3]
-        if self.model.chosen_conv() == "fused" and len(listed.senders) <= LAUNCH_BOUND:
+        if self.model.chosen_conv() == "fused" and 0 < len(listed.senders) <= LAUNCH_BOUND:
             atoms = numbers.tolist(), pbc.tolist()
             same = self.replay is not None and self.replayed == atoms
             if same and (self.replay.listed is listed or self.replay.fill(listed)):

@@ -1,4 +1,4 @@
-"""Data: DFT frames packed into flat arrays, batches of any size dealt to ranks, neighbour lists built on the device.
+"""Data: DFT frames packed into flat arrays, batches of any size dealt to ranks, neighbour lists of many structures at once.
 
     python data.py sample                       # 5,222 real DFT frames, fetched with pip, -> data/sample
     python data.py mptrj [--zip FILE]           # MPtrj, 1.58 M frames, -> data/mptrj
@@ -309,9 +309,12 @@ def permutation(n, seed, epoch):
 
 def step_indices(train, batch, seed, step):
     """The frames of a step, (batch,), out of `train` (n,)."""
-    epoch, first = divmod(step * batch, len(train))
-    order = [permutation(len(train), seed, e) for e in range(epoch, epoch + (first + batch - 1) // len(train) + 1)]
-    return train[np.concatenate(order)[first : first + batch]]
+    out, at, end = [], step * batch, (step + 1) * batch
+    while at < end:
+        epoch, first = divmod(at, len(train))
+        out.append(permutation(len(train), seed, epoch)[first : first + end - at])
+        at += len(out[-1])
+    return train[np.concatenate(out)]
 
 
 def deal(indices, n_edges, ranks):

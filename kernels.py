@@ -25,7 +25,7 @@ Training on forces needs no double backward. With tangents (xd, Yd, hiddend) alo
 of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
 
 Kernels: `forward` (of values or tangents), `backward` (of values, or of both), `weight_grad`, of each degree l1 of x;
-`radial_mlp`, `norm_gate` and `geometry` do what stands between the convolutions.
+`radial_mlp`, `norm_gate` and `geometry` do what stands between the convolutions; `find_pairs` makes the edges.
 
 Modes. exact=False takes float16 for the operands of matrix products: its significand is TF32's. exact=True takes pairs of
 them, 22 bits, and three products: float32 accuracy. Gradients are brought to about 1 before, so that their size does not
@@ -35,6 +35,7 @@ matter; but features and weights beyond 65504 overflow, and below 6e-5 they lose
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -425,7 +426,7 @@ DEV void forward(const Args& A, int task, char* memory) {{
   Buffer* buffers = (Buffer*)(memory + 16);
   Stored* w3 = (Stored*)(buffers + 2) + warp * N * 2 * PLANE;
   stage<true>(w3, A.w3, FIRST, N, u0, 16, lane, 32);
-  const int n_edges = (int)A.row_ptr[A.n_atoms];
+  const int n_edges = max((int)A.row_ptr[A.n_atoms], 1);  // there is room for one, if only that
   int turn = 0, j[2][2];
   float rd[2][2];
   auto prepare = [&](int e0) {{  // what comes next: on its way while the present is at work
@@ -524,7 +525,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
   typedef Edges<16> Buffer[MODE == 1 ? 1 : 2];
   Buffer* buffers = (Buffer*)(memory + 16);
   Stored* w3 = (Stored*)(buffers + 2);
-  Stored* G = w3 + MOST * NP * PLANE;  // of each octet and path
+  Stored* G = w3 + (MOST * NP + MOST * NP % 2) * PLANE;  // of each octet and path
   A8* gw_all = (A8*)(G + MOST * NP * D1 * DUAL * TILE);  // gradients of W: of each octet, path, value and tangent
   float4* gs_all = (float4*)(gw_all + (MODE ? (MOST * NP + 1) * DUAL * 32 : 0));  // of Y: of each warp and degree
   float* gr_all = (float*)(gs_all + (MODE < 2 ? {WARPS} * (LMAX + 1) * 32 : 0));  // of r: of each warp
@@ -532,7 +533,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
   stage<false>(w3, A.w3, 0, NP, u0, 8 * octets, threadIdx.x, blockDim.x);
   if (MODE) {{  // an odd number of octets and paths is made even by zeros
     EACH(d, DUAL) gw_all[(octets * NP * DUAL + d) * 32 + lane] = {{}};
-    if (octets < MOST)
+    if (octets * NP % 2)
       for (int i = threadIdx.x; i < PLANE; i += blockDim.x) w3[octets * NP * PLANE + i] = 0;
   }}
   int first[O], u[O];
@@ -541,7 +542,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
     u[o] = min(first[o], MUL - 1 - EVEN);
   }}
   auto mine = [&](int o) {{ return warp + o * {WARPS} < octets; }};
-  const int n_edges = (int)A.row_ptr[A.n_atoms];
+  const int n_edges = max((int)A.row_ptr[A.n_atoms], 1);  // there is room for one, if only that
   int turn = 0, j[2];
   float rd[2];
   auto prepare = [&](int e0) {{  // what comes next: on its way while the present is at work
@@ -790,7 +791,7 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
   float acc[N][K / 8][4];
   EACH(p, N) EACH(n, K / 8) EACH(i, 4) acc[p][n][i] = 0;
   const int part = warp / {groups};  // of the block's nodes
-  const int n_edges = (int)A.row_ptr[A.n_atoms];
+  const int n_edges = max((int)A.row_ptr[A.n_atoms], 1);  // there is room for one, if only that
   int soon = 0;  // senders of 16 edges from where the tile at hand begins: those of the next one are among them
   float rd[2];
   auto prepare = [&](int e0, const int* senders) {{
@@ -1522,8 +1523,9 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
             kernel(f"forward<{dual}>", l1, threads, size, calls)
         for mode in range(3):
             dual = 1 + (mode == 2)
-            size = 16 + edges * (2 if mode == 1 else 4) + warps * octets * len(ps) * (8 * width + d * dual * 64) * stored
-            size += (warps * octets * len(ps) + 1) * dual * 128 * stored if mode else 0
+            n = warps * octets * len(ps)
+            size = 16 + edges * (2 if mode == 1 else 4) + ((n + n % 2) * 8 * width + n * d * dual * 64) * stored
+            size += (n + 1) * dual * 128 * stored if mode else 0
             size += warps * ((lmax + 1) * 512 * (mode < 2) + 64) + 16
             call = f"L{l1}::backward<{mode}>(A, # * {8 * warps * octets}, memory)"
             kernel(f"backward<{mode}>", l1, 32 * warps, size, [(-(-mul // (8 * warps * octets)), call)])
@@ -1653,18 +1655,35 @@ def side_by_side(launches, device):
         for launch in launches:
             launch()
         return
-    main, sides = torch.cuda.current_stream(device), streams(device)[: len(launches)]
-    for launch, side in zip(launches, sides, strict=True):
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            launch()
-    for side in sides:
-        main.wait_stream(side)
+    main, forked = torch.cuda.current_stream(device), []
+    try:
+        for launch, side in zip(launches, streams(device)):
+            side.wait_stream(main)
+            forked.append(side)
+            with torch.cuda.stream(side):
+                launch()
+    finally:  # also if the memory was not enough: a capture can't end with open branches
+        for side in forked:
+            main.wait_stream(side)
+
+
+def capture(run, device):
+    """A CUDA graph of run(), and what that returned, which replays write again. It is run once before: libraries set themselves
+    up outside the capture."""
+    main, side, graph = torch.cuda.current_stream(device), streams(device)[-1], torch.cuda.CUDAGraph()
+    gc.collect()  # of autograd graphs whose leaves are tied to another stream
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        run()
+    main.wait_stream(side)
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        out = run()
+    return graph, out
 
 
 @functools.lru_cache
 def streams(device):
-    return [torch.cuda.Stream(device) for _ in range(4)]  # one for each degree
+    return [torch.cuda.Stream(device) for _ in range(5)]  # one for each degree, and one to capture on
 
 
 def shared_memory(device):
@@ -1710,7 +1729,7 @@ class Kernels:
         self.module.launch(*args)
 
     def blocks(self, kernel, n_atoms, atoms=1):
-        """As many as run at once, which take nodes in turn."""
+        """As many as run at once: each takes one node after another."""
         return min(-(-n_atoms // atoms), max(self.resident[kernel.function] // kernel.slabs, 1))
 
     def launch_edges(self, name, x, senders, atoms=1, **tensors):
@@ -1909,6 +1928,7 @@ class ForceConv(torch.autograd.Function):
         out = x.new_empty(len(x), k.shape.y_dim) if out is None else out
         for nodes, edges, part, hidden in pieces(row_ptr, radial, hidden):
             k.forward("forward_false", out[nodes], x, sh[edges], hidden[0], w3, senders[edges], part)
+            del hidden  # before the next one is made
         return out
 
     @staticmethod
@@ -1921,6 +1941,7 @@ class ForceConv(torch.autograd.Function):
         for nodes, edges, part, hidden in pieces(row_ptr, ctx.radial, hidden):
             tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh[edges], gr=ctx.gr[edges])
             ctx.k.backward(0, x, sh[edges], hidden[0], w3, senders[edges], part, gy[nodes], **tensors)
+            del hidden, tensors
         return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 10
 
 

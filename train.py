@@ -12,7 +12,6 @@ Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, mo
 import argparse
 import contextlib
 import functools
-import gc
 import math
 import os
 import platform
@@ -34,6 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import kernels
 import model as nequix
 from data import Batch, PackedSet, deal, micro_batches, prefetch, step_indices
 from model import Nequix, energy_forces_stress
@@ -174,16 +174,19 @@ def loss_and_gradient(model, batch, weights, counts):
 
 
 class Padded:
-    """A Batch of fixed size, with room for a tenth more than the one given, which others are copied to; it has all that
-    loss_and_gradient needs. Atoms beyond theirs have no edges and belong to the last structure, which like all structures
-    beyond theirs has no labels; edges beyond theirs are outside row_ptr, and count for nothing."""
+    """A Batch with room for more than it has, to which others are copied; it has the tensors that loss_and_gradient reads. Atoms
+    beyond theirs have no edges and belong to the last structure, which like all structures beyond theirs has no labels;
+    edges beyond theirs are outside row_ptr: whatever they are, they count for nothing."""
 
     FIELDS = "numbers cell pbc n_atoms structure senders receivers row_ptr vectors energy forces stress".split()
 
-    def __init__(self, batch):
-        tensors = {k: getattr(batch, k) for k in self.FIELDS}
-        room = {k: t[:1].repeat(len(t) + len(t) // 10 + 1, *[1] * (t.ndim - 1)) for k, t in tensors.items()}
-        self.batch = Batch(positions=None, shifts=None, **room)
+    def __init__(self, batch, room):
+        """room: atoms, edges and structures"""
+        atoms, edges, structures = room
+        rows = dict.fromkeys(self.FIELDS, structures) | dict.fromkeys(("senders", "receivers", "vectors"), edges)
+        rows |= dict.fromkeys(("numbers", "structure", "forces"), atoms) | dict(row_ptr=atoms + 1)
+        first = {k: getattr(batch, k)[:1] for k in self.FIELDS}
+        self.batch = Batch(positions=None, shifts=None, **{k: t.repeat(rows[k], *[1] * (t.ndim - 1)) for k, t in first.items()})
         self.fill(batch)
 
     def fill(self, batch):
@@ -199,14 +202,14 @@ class Padded:
 
 
 class Replay:
-    """`loss_and_gradient` of one batch after another. With fused kernels on CUDA a graph of it is captured once, and is then one
-    launch in place of a thousand. Above MOST edges the GPU is at work for longer than Python launches, and the graph's
-    memory, which is its own, would be in the way."""
+    """`loss_and_gradient` of one batch after another. With fused kernels on CUDA a graph of it is captured, with room for a tenth
+    more than the largest batch so far, and is then one launch in place of a thousand. Above MOST edges the GPU is at work for
+    longer than Python launches, and the graph's memory, which is its own, would be in the way."""
 
     MOST = 1_000_000
 
     def __init__(self, model, weights):
-        self.model, self.weights, self.padded = model, weights, None
+        self.model, self.weights, self.padded, self.room = model, weights, None, (0, 0, 0)
         for p in model.parameters():  # where the graph adds to
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
@@ -216,26 +219,18 @@ class Replay:
             return loss_and_gradient(self.model, batch, self.weights, counts)
         if not (self.padded and self.padded.fill(batch)):
             self.padded = self.graph = self.loss = None  # frees its memory
-            self.capture(Padded(batch))
-        self.counts.copy_(torch.from_numpy(counts))
+            sizes = len(batch.numbers), len(batch.senders), len(batch.cell)
+            self.room = tuple(max(old, n + n // 10 + 1) for old, n in zip(self.room, sizes))
+            padded, self.counts = Padded(batch, self.room), batch.energy.new_ones(3)
+            run = functools.partial(loss_and_gradient, self.model, padded.batch, self.weights, self.counts)
+            grads = [p.grad for p in self.model.parameters()]
+            before = [g.clone() for g in grads]
+            self.graph, self.loss = kernels.capture(run, batch.vectors.device)
+            torch._foreach_copy_(grads, before)
+            self.padded = padded
+        self.counts.copy_(torch.from_numpy(counts), non_blocking=True)
         self.graph.replay()
         return self.loss
-
-    def capture(self, padded):
-        self.counts = padded.batch.energy.new_ones(3)
-        run = functools.partial(loss_and_gradient, self.model, padded.batch, self.weights, self.counts)
-        grads = [p.grad for p in self.model.parameters()]
-        before = [g.clone() for g in grads]
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        gc.collect()  # of earlier steps' autograd graphs, whose leaves are tied to another stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()  # libraries set themselves up outside the capture
-            torch._foreach_copy_(grads, before)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            self.loss = run()
-        self.padded, self.graph = padded, graph
 
 
 def label_counts(packed, indices):
@@ -526,7 +521,7 @@ def train(a, device, dtype, rank, ranks):
         log(f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)")
 
     def validate():
-        mae, base = evaluate(ema_model, packed, val_frames, max_edges, rank, ranks)
+        mae, base = evaluate(ema_model, packed, val_frames, max_edges // 2, rank, ranks)  # the graph keeps its memory
         text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
         if history:
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
@@ -579,7 +574,8 @@ def train(a, device, dtype, rank, ranks):
     # Warm-up outside the clock: kernels are built, and the gradient thrown away.
     if step < total:
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first step will deal with it
-            replay(packed.batch(pieces_of(step)[0]), np.ones(3))
+            for piece in pieces_of(step)[:1]:
+                replay(packed.batch(piece), np.ones(3))
         flat.zero_()
     if not history:
         validate()
