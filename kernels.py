@@ -1397,7 +1397,7 @@ extern "C" __global__ void find_pairs(const Pairs A) {
         v[d] = A.positions[3 * j + d] - r[d] + (shift[0] * cell[d] + shift[1] * cell[3 + d] + shift[2] * cell[6 + d]);
         square += v[d] * v[d];
       }
-      if (square >= A.square || (j == i && !shift[0] && !shift[1] && !shift[2])) continue;
+      if (!(square < A.square) || (j == i && !shift[0] && !shift[1] && !shift[2])) continue;
       if (!A.count) {
         A.senders[at] = j;
         A.receivers[at] = i;
