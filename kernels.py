@@ -1718,15 +1718,13 @@ class Kernels:
         self.cg = torch.from_numpy(table).to(self.device)
         components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
         self.components = torch.tensor(components, device=self.device)  # where harmonics are among those as stored
-        self.module = Module(code, self.device)
-        self.n_sm, self.resident = self.module.n_sm, {}  # blocks of a kernel that run at once
+        module = Module(code, self.device)
+        self.launch, self.n_sm = module.launch, module.n_sm
+        self.resident = {}  # blocks of a kernel that run at once
         for k in sum(self.shape.kernels.values(), []):
-            self.resident[k.function] = self.module.resident(k.function, k.threads, k.shared)
+            self.resident[k.function] = module.resident(k.function, k.threads, k.shared)
         for name, shared in zip(("radial_mlp", "radial_mlp_back"), self.shape.mlp):
-            self.resident[name] = self.module.resident(name, 32 * self.shape.warps, shared)
-
-    def launch(self, *args):
-        self.module.launch(*args)
+            self.resident[name] = module.resident(name, 32 * self.shape.warps, shared)
 
     def blocks(self, kernel, n_atoms, atoms=1):
         """As many as run at once: each takes one node after another."""

@@ -307,7 +307,7 @@ def test_room_for_edges_but_none():
     on_gpu, n = torch.cuda.is_available(), 3
     device = CUDA if on_gpu else torch.device("cpu")
     k = (fused_kernels if on_gpu else fused_on_cpu)((12,), (7,), 0, 64, 8, False, True, device)
-    senders = torch.tensor([2**40, *[0] * 8], device=device)[1:]
+    senders = torch.tensor([10**8, *[0] * 8], device=device)[1:]  # what is before them leads far away
     sh, hidden, row_ptr = k.empty(8, 8).zero_(), k.empty(2, 8, 64).zero_(), torch.zeros(n + 1, dtype=torch.int64, device=device)
     x, w3 = torch.ones(n, k.shape.x_dim, device=device), torch.ones(64, k.shape.w_dim, device=device)
     y = k.forward("forward_false", x.new_full((n, k.shape.y_dim), torch.nan), x, sh, hidden[0], w3, senders, row_ptr)
@@ -517,6 +517,7 @@ def test_padded_batches_and_their_cuda_graph(monkeypatch):
             assert padded.fill(batch) == (len(some) < 5)
             if len(some) == 5:
                 break
+            assert len(padded.batch.row_ptr) == len(padded.batch.numbers) + 1
             got = gradient(loss_and_gradient, model, padded.batch, weights, torch.from_numpy(counts))
         assert got[0] == pytest.approx(loss, rel=1e-6) and distance(got[1], expected) < 1e-5
 
