@@ -37,27 +37,34 @@ import model as nequix
 from model import energy_forces_stress
 
 SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until an atom may have come from beyond
-LAUNCH_BOUND = 100_000  # edges of a structure up to which a GPU waits for its launches more than for its arithmetic
+REPLAYED = 500_000  # edges of a structure up to which a GPU's step is a CUDA graph, which keeps its memory: 3 KB an edge
 COLLAPSED = 0.5  # A^3 an atom: a relaxation below it is given up, before its edges fill the memory
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Neighbour list with a skin
 
 
-def at(listed, positions, cell, drop_beyond=None):
-    """A Batch with the edges of `listed` at other positions (A, 3) and cell (S, 3, 3).
+def at(listed, positions, cell, cutoff):
+    """A Batch with those edges of `listed` that are within the cutoff (A) at other positions (A, 3) and cell (S, 3, 3).
 
-    Edges beyond the cutoff contribute exactly nothing to the model; drop_beyond (A) takes them out nonetheless, which
-    costs a wait for the GPU and pays where edges are many.
+    Nothing waits for the GPU: the edges keep their number, and those from row_ptr[-1] on mean nothing. See `trimmed`.
     """
-    b = dataclasses.replace(listed, positions=positions, cell=cell)
-    b.vectors = positions[b.senders] - positions[b.receivers]
-    b.vectors += b.shifts @ cell[0] if len(cell) == 1 else data.shift_vectors(b.shifts, cell, b.structure[b.receivers])
-    if drop_beyond is not None:
-        keep = (b.vectors.square().sum(1) < drop_beyond**2).nonzero()[:, 0]
-        b.senders, b.receivers, b.shifts, b.vectors = (x[keep] for x in (b.senders, b.receivers, b.shifts, b.vectors))
-        b.row_ptr = torch.searchsorted(b.receivers, torch.arange(len(positions) + 1, device=positions.device))
+    b = dataclasses.replace(listed, positions=positions, cell=cell, shifts=None)
+    vectors = positions[b.senders] - positions[b.receivers]
+    vectors += listed.shifts @ cell[0] if len(cell) == 1 else data.shift_vectors(listed.shifts, cell, b.structure[b.receivers])
+    index = torch.arange(len(vectors), device=vectors.device)
+    within = (vectors.square().sum(1) < cutoff**2) & (index < b.row_ptr[-1])
+    count = torch.nn.functional.pad(within.cumsum(0), (1, 0))
+    b.row_ptr, to = count[b.row_ptr], torch.where(within, count[:-1], len(vectors))
+    close_up = lambda t: torch.cat([t, t[-1:]]).index_copy_(0, to, t)[:-1]
+    b.senders, b.receivers, b.vectors = (close_up(t) for t in (b.senders, b.receivers, vectors))
     return b
+
+
+def trimmed(b):
+    """Without the edges from row_ptr[-1] on, at the cost of a wait for the GPU."""
+    n = int(b.row_ptr[-1])
+    return dataclasses.replace(b, senders=b.senders[:n], receivers=b.receivers[:n], vectors=b.vectors[:n])
 
 
 def still_complete(listed_positions, inverse_cell, positions, cell, structure, cutoff):
@@ -84,7 +91,7 @@ class Replay:
         b.senders, b.receivers = listed.senders.new_zeros(edges), listed.receivers.new_zeros(edges)
         b.row_ptr, b.shifts = listed.row_ptr.clone(), listed.shifts.new_ones(edges, 3)
         self.fill(listed)
-        run = lambda: flat(energy_forces_stress(model, at(b, *apart(self.place))))
+        run = lambda: flat(energy_forces_stress(model, at(b, *apart(self.place), model.config["cutoff"])))
         self.graph, self.out = kernels.capture(run, b.senders.device)
 
     def fill(self, listed):
@@ -249,7 +256,7 @@ def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
             listed = data.make_batch(*(s[k] for k in ("numbers", "positions", "cell", "pbc", "n_atoms")), cutoff + SKIN)
             listed.shifts = listed.shifts.double()
             inverse_cell = inverse(s["cell"])
-        batch = at(listed, s["positions"], s["cell"], drop_beyond=cutoff)
+        batch = trimmed(at(listed, s["positions"], s["cell"], cutoff))
         energy, forces, stress = results = energy_forces_stress(model, batch)
         if symmetry:
             forces = symmetric_vectors(forces, s["cell"], structure, symmetry)
@@ -347,6 +354,13 @@ class NequixCalculator(Calculator):
         self.max_edges = None  # of a batch; measured when first needed
         self.replay = self.replayed = None  # a CUDA graph, and whose
 
+    def check_state(self, atoms, tol=0):
+        """What has changed since the last results: as ASE's, which takes 0.1 ms or more of an MD step, three times."""
+        if self.atoms is None:
+            return all_changes
+        names = ("positions", "numbers", "cell", "pbc")
+        return [name for name in names if not np.array_equal(getattr(self.atoms, name), getattr(atoms, name))]
+
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
@@ -368,9 +382,9 @@ class NequixCalculator(Calculator):
             self.results["energies"] = energies.cpu().numpy()
 
     def evaluate(self, place, again):
-        """`flat` results; by a CUDA graph once a structure has come again, as long as launches and not edges cost."""
+        """`flat` results; by a CUDA graph once a structure has come again, if it is not too large."""
         listed, numbers, pbc = self.listed[:3]
-        if self.model.chosen_conv() == "fused" and 0 < len(listed.senders) <= LAUNCH_BOUND:
+        if self.model.chosen_conv() == "fused" and 0 < len(listed.senders) <= REPLAYED:
             atoms = numbers.tolist(), pbc.tolist()
             same = self.replay is not None and self.replayed == atoms
             if same and (self.replay.listed is listed or self.replay.fill(listed)):
@@ -387,9 +401,7 @@ class NequixCalculator(Calculator):
         return self.moved(self.locate(atoms))
 
     def moved(self, place):
-        listed = self.listed[0]
-        # Where edges are few, launches and not edges cost: then nothing waits for the GPU.
-        return at(listed, *apart(place.to(self.device)), self.cutoff if len(listed.senders) > LAUNCH_BOUND else None)
+        return trimmed(at(self.listed[0], *apart(place.to(self.device)), self.cutoff))
 
     def locate(self, atoms):
         """Positions and cell, (A+3, 3) on the host; for which the list is then complete."""
@@ -398,9 +410,12 @@ class NequixCalculator(Calculator):
         if self.listed is not None:
             listed, at_numbers, at_pbc, at_positions, given, completed, inverse_cell = self.listed
             if torch.equal(numbers, at_numbers) and torch.equal(pbc, at_pbc):
-                completed = completed if torch.equal(cell, given) else data.complete_cell(cell, pbc)
-                structure = torch.zeros(len(atoms), dtype=torch.int64)
-                if still_complete(at_positions, inverse_cell, positions, completed, structure, self.cutoff):
+                if torch.equal(cell, given):  # the common case, quickly
+                    complete = (positions - at_positions).square().sum(1).max() < (SKIN / 2) ** 2
+                else:
+                    completed, structure = data.complete_cell(cell, pbc), torch.zeros(len(atoms), dtype=torch.int64)
+                    complete = still_complete(at_positions, inverse_cell, positions, completed, structure, self.cutoff)
+                if complete:
                     return torch.cat([positions, completed[0]])
         numbers, positions, pbc, cell = (x.clone() for x in (numbers, positions, pbc, cell))  # those of atoms may change
         n_atoms, completed = torch.tensor([len(atoms)]), data.complete_cell(cell, pbc)
@@ -517,9 +532,9 @@ class NequixCalculator(Calculator):
         check(atoms, self.model)
         model, b = copy.copy(self.model), self.batch(atoms)
         model.conv = "torch"
-        b = at(b, b.positions, b.cell, drop_beyond=self.cutoff)
         positions = b.positions.clone().requires_grad_()
-        vectors = positions[b.senders] - positions[b.receivers] + data.shift_vectors(b.shifts, b.cell, b.structure[b.receivers])
+        moves = (positions - b.positions)[b.senders] - (positions - b.positions)[b.receivers]  # of nothing
+        vectors = b.vectors + moves
         energy = model(b.numbers, vectors, b.senders, b.row_ptr).sum() + 0 * (positions**2).sum()
         (gradient,) = torch.autograd.grad(energy, positions, create_graph=True)
         rows = [torch.autograd.grad(g, positions, retain_graph=True)[0].flatten() for g in gradient.flatten()]

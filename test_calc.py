@@ -16,15 +16,16 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.constraints import FixAtoms, FixSymmetry
 from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
 import calc as calc_module
+import data
 import model as nequix
-from calc import NequixCalculator, matrix_exp, matrix_log
+from calc import NequixCalculator, at, matrix_exp, matrix_log, trimmed
 from model import energy_forces_stress, save
 from test_data import batch_of, odd_structures, run
 from test_model import SHARED, needs_shared, small_model
@@ -161,15 +162,40 @@ def test_list_keeps_nothing_that_the_caller_may_change(calc):
     assert atoms.get_potential_energy() == pytest.approx(fresh(calc, atoms)[0][0], abs=1e-10)
 
 
-def test_many_edges_take_the_other_way(calc):
-    """Beyond 100,000 edges those past the cutoff are dropped: the same to rounding."""
-    atoms = bulk("Si", cubic=True) * 7  # 2,744 atoms
-    atoms.rattle(0.05, seed=0)
+def test_edges_within_the_cutoff_are_those_of_a_list_made_anew():
+    """From a list with a skin and room for more, after a move; and what is behind row_ptr[-1] is at least no poison."""
+    rng = np.random.default_rng(0)
+    for atoms in [*odd_structures()[:40], Atoms("Si", cell=[30, 30, 30], pbc=True)]:
+        listed, moved = batch_of([atoms], 6.5), atoms.copy()
+        moved.positions += rng.normal(size=moved.positions.shape) * 0.05
+        moved.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(size=(3, 3)) * 0.002))
+        if len(listed.senders):
+            room = lambda t: torch.cat([t, torch.full((9, *t.shape[1:]), t.ndim - 1)])  # as of a CUDA graph
+            listed.senders, listed.receivers, listed.shifts = map(room, (listed.senders, listed.receivers, listed.shifts))
+        listed.shifts = listed.shifts.double()
+        anew = batch_of([moved], 6.0)
+        got = at(listed, anew.positions, data.complete_cell(anew.cell, anew.pbc), 6.0)
+        assert len(got.senders) == len(listed.senders)
+        assert all(((0 <= t) & (t < len(atoms))).all() for t in (got.senders, got.receivers))
+        assert torch.isfinite(got.vectors).all() and (got.vectors.abs().sum(1) > 0).all()
+        got = trimmed(got)
+        assert torch.equal(got.row_ptr, anew.row_ptr) and torch.equal(got.receivers, anew.receivers)
+        rows = [torch.cat([b.receivers[:, None], b.senders[:, None], b.vectors], 1).numpy() for b in (got, anew)]
+        got, anew = (r[np.lexsort(r.round(9).T[::-1])] for r in rows)
+        np.testing.assert_allclose(got, anew, atol=1e-9)
+
+
+def test_changes_are_those_that_ase_sees(calc):
+    atoms = bulk("NaCl", "rocksalt", 5.6)
     atoms.calc = calc
-    first = atoms.get_forces()
-    assert len(calc.listed[0].senders) > 100_000
-    atoms.positions += 1e-9
-    np.testing.assert_allclose(atoms.get_forces(), first, atol=1e-6)
+    atoms.get_potential_energy()
+    changes = dict(positions=lambda a: a.rattle(1e-6), numbers=lambda a: a.set_atomic_numbers([11, 12]))
+    changes |= dict(cell=lambda a: a.set_cell(a.cell * 1.01), pbc=lambda a: a.set_pbc([1, 1, 0]))
+    changes |= dict(none=lambda a: a.copy(), more=lambda a: a.append("Na"))
+    for name, change in changes.items():
+        other = atoms.copy()
+        change(other)
+        assert set(calc.check_state(other)) == set(Calculator.check_state(calc, other)), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------

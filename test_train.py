@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,12 @@ def packed(tmp_path_factory):
 def weights(folder):
     state = torch.load(folder / "state.pt", weights_only=True)
     return state["step"], torch.cat([w.flatten() for w in [*state["model"].values(), *state["ema"].values()]])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
 def command(packed, out, *more):
@@ -321,3 +328,36 @@ def test_a_signal_to_every_process_of_torchrun_saves(packed, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert f"stopped at step {weights(tmp_path / 'run')[0]} of 3000" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_lost_rank_ends_the_others_and_any_number_goes_on(packed, tmp_path, uninterrupted):
+    """Two ranks, one is killed: the other says so and leaves. One process goes on, is stopped; two take it to the end."""
+    arguments = command(packed, tmp_path / "run", "--steps", "40", "--eval-every", "20", "--save-every", "3")
+    state = tmp_path / "run" / "state.pt"
+
+    def wait_for(step, process):
+        while not (state.exists() and torch.load(state, weights_only=True)["step"] >= step):
+            assert process.poll() is None, "it ended before it could be stopped"
+            time.sleep(0.01)
+
+    where = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=HERE, stderr=subprocess.PIPE, text=True, env=os.environ | where | dict(RANK=str(rank))
+    )
+    first, second = start(0), start(1)
+    wait_for(3, first)
+    second.kill()
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 1 and "error on rank 0: rank 1 is gone" in said and "Traceback" not in said
+    second.communicate()
+
+    alone = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE)
+    wait_for(weights(tmp_path / "run")[0] + 3, alone)
+    alone.terminate()
+    alone.communicate()
+    step, _ = weights(tmp_path / "run")
+    assert step < 40
+    said = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *arguments)
+    assert f"resumed at step {step} of 40" in said
+    (_, a), (_, b) = weights(uninterrupted), weights(tmp_path / "run")
+    assert ((a - b).abs() <= 1e-6 * a.abs().clamp(min=1e-3)).all()

@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from copy import deepcopy
@@ -373,6 +374,38 @@ def refitted_e0(model, packed, indices, max_edges, rank, ranks):
     return model.e0 + torch.from_numpy(np.linalg.lstsq(xx_xy[:, :n], xx_xy[:, n], rcond=None)[0]).to(model.e0)
 
 
+def leave_now(status=1):
+    """Without the end of other threads and of connections, which would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def watch_next_rank(rank, ranks):
+    """From here on this process ends, with a line, when the next rank is gone, for which its GPU would wait and not tell. Returns
+    what to call when all ranks leave. (Gloo notices a closed connection. Each rank listens to one, and goes with it.)"""
+    following, group = (rank + 1) % ranks, dist.new_group(backend="gloo", timeout=timedelta(days=1000))
+
+    def watch():
+        try:
+            dist.recv(torch.zeros(1), following, group)
+        except RuntimeError:
+            time.sleep(3)  # this rank may be about to leave with a better reason
+            print(f"error on rank {rank}: rank {following} is gone; the same command goes on from the last checkpoint", file=sys.stderr)
+            leave_now()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def leave():
+        dist.barrier()  # torchrun ends the others when one leaves: not before the last checkpoint is written
+        dist.send(torch.zeros(1), (rank - 1) % ranks, group)
+        thread.join()
+        dist.destroy_process_group()
+
+    return leave
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Validation of given weights
 
@@ -426,6 +459,7 @@ def validate_weights(a, device, dtype):
 
 
 def train(a, device, dtype, rank, ranks):
+    leave = watch_next_rank(rank, ranks) if ranks > 1 else lambda: None
     model = nequix.load(a.init, device, dtype, a.conv).requires_grad_() if a.init else None
     packed = PackedSet(a.data, model.config["cutoff"] if a.init else a.cutoff, device)
     train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
@@ -479,6 +513,11 @@ def train(a, device, dtype, rank, ranks):
         step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
         resumed = True
         losses.extend(state["losses"])
+    if ranks > 1:
+        extremes = torch.tensor([step, -step], device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        if extremes.sum() != 0:
+            raise ValueError(f"the ranks find different checkpoints: {out} must be one folder, which all hosts see")
     if a.refit_e0:
         e0 = state["e0"] if resumed else refitted_e0(model, packed, train_frames, max_edges, rank, ranks)
         for m in (model, ema_model):
@@ -640,8 +679,7 @@ def train(a, device, dtype, rank, ranks):
     bar.close()
     if stop and step < total:
         log(f"stopped at step {step} of {total} and saved to {state_file}; the same command goes on")
-        if ranks > 1:
-            dist.barrier()  # torchrun ends the others when one leaves: not before the checkpoint is written
+        leave()
         sys.exit(128 + (told[0][0] if told else signal.SIGTERM))
 
     _, mae, _, base = history[-1]
@@ -652,8 +690,7 @@ def train(a, device, dtype, rank, ranks):
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
         f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_h:.5f}"
     )
-    if ranks > 1:
-        dist.barrier()  # leave together: one that tears its connections down while others work may be aborted
+    leave()
 
 
 def main():
@@ -670,13 +707,13 @@ def main():
                 raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(device)
         if ranks > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         torch.set_float32_matmul_precision("high" if a.tf32 else "highest")
         if not a.data:
             if rank == 0:
                 default_data()
-            if ranks > 1:
-                dist.barrier()
+            if ranks > 1:  # on a slow line it takes a while
+                dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
             a.data = default_data()
             if rank == 0:
                 print(f"data: {a.data}")
@@ -687,12 +724,15 @@ def main():
         else:
             train(a, device, dtype, rank, ranks)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}")
+        print(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}", file=sys.stderr)
+        leave_now()
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_now(130)
+    except RuntimeError:
+        time.sleep(10 * dist.is_initialized())  # if another rank is gone, watch_next_rank says so, and ends this one
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
