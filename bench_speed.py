@@ -1,38 +1,183 @@
-"""Time the calculator, relaxations, training steps, and the energy drift of molecular dynamics.
+"""Time an ASE step, a training step and relaxations, beside every other potential that is installed; the energy drift of NVE.
 
-    python bench_speed.py --weights nequix-mp-1                                # ms an ASE step, silicon and diamond
-    python bench_speed.py --weights nequix-mp-1 --relax wbm.extxyz --n 2000    # structures/s against ASE one by one
-    python bench_speed.py --weights nequix-mp-1 --nve                          # meV/atom/ps, float32 and float64
-    python bench_speed.py --train data/random1k --tf32 --batches 64 256 1024   # structures/s and memory of training
+    python bench_speed.py infer --weights nequix-mp-1                  # ASE steps of diamond and silicon, as the paper's Figure 3
+    python bench_speed.py train data/random1k --tf32 --split           # structures/s, memory, and where the time goes
+    torchrun --nproc_per_node=2 bench_speed.py train data/random1k --tf32 --models fused             # the same batch on two GPUs
+    python bench_speed.py relax wbm.extxyz --weights nequix-mp-1       # structures/s against ASE one by one
+    python bench_speed.py nve --weights nequix-mp-1                    # meV/atom/ps, float32 and float64
 
-An ASE step is what molecular dynamics pays: new positions, neighbour list, energy, forces and stress, back in numpy.
+infer and train write a table, a CSV file and the log to --out. Each model runs in a process of its own, and they take turns: size
+by size, one after another, on one GPU. Times are those of synchronised clocks: the median of --steps steps after five that are
+not counted, with the first and the last decile. What is missing or fails is listed with the reason.
 """
 
 import argparse
+import copy
+import csv
+import gc
+import importlib.metadata
+import importlib.util
 import itertools
+import json
+import os
+import statistics
+import subprocess
 import sys
+import threading
 import time
+import types
+from pathlib import Path
 
 import ase.io
 import numpy as np
 import torch
+import torch.distributed as dist
 from ase import units
 from ase.build import bulk
 from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
+import kernels
 from calc import NequixCalculator
-from data import TRAIN, PackedSet, prefetch
-from model import Nequix
+from data import TRAIN, PackedSet, deal, make_batch, prefetch
+from model import Nequix, energy_forces_stress
 from muon import Muon
-from train import Replay, label_counts
+from train import Replay, label_counts, loss_and_gradient
+
+WARM_UP = 5  # steps
+MPTRJ = 1_500_000  # training frames, for the projection
+PUBLISHED = """Published for an H100 by others, not measured here: ms a step of silicon with 64, 1,000 and 8,000 atoms: NequIP-MP-L
+6.4, 26.4, 163; SevenNet-l3i5 42, 48.4, 97.9; MACE-MP-0 36.9, 54.3, 273; Nequix 10, 18, 99.5."""
 
 
 def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def gpu_or_cpu(device):
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def header(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}"
+
+
+def spread(seconds):
+    """Median, first and last decile, in ms."""
+    return dict(zip(("ms", "low", "high"), (1000 * np.quantile(seconds, [0.5, 0.1, 0.9])).tolist()))
+
+
+def peak_memory():
+    """GiB that this process's arrays took at most, since the last reset of torch's counter, and of JAX's since it began."""
+    if not torch.cuda.is_available():
+        return 0.0
+    jax = sys.modules.get("jax")
+    stats = (jax.devices()[0].memory_stats() or {}) if jax else {}
+    return max(stats.get("peak_bytes_in_use", 0), torch.cuda.max_memory_allocated()) / 2**30
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models in processes of their own: a job a line in, its result a line out
+
+
+def serve(kind, name, device, options):
+    """The process. First a line that says what the model is, then one for each job."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    try:
+        case, what = MODELS[kind][name](gpu_or_cpu(device), **options)
+    except Exception as e:  # of any library
+        reply = dict(error=f"{type(e).__name__}: {e}".splitlines()[0])
+    else:
+        reply = dict(what=what)
+    print(json.dumps(reply), file=out, flush=True)
+    for line in sys.stdin if "what" in reply else ():
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            reply = case(**json.loads(line)) | dict(memory_GiB=peak_memory())
+        except Exception as e:
+            memory = "out of memory" in str(e).lower() or "RESOURCE_EXHAUSTED" in str(e)
+            reply = dict(error="out of memory" if memory else f"{type(e).__name__}: {e}".splitlines()[0])
+        print(json.dumps(reply), file=out, flush=True)
+
+
+class Remote:
+    """One such process, of `name`, seen from outside. self.error: why it can take no more jobs, or None."""
+
+    def __init__(self, kind, name, device, options, log, limit, python):
+        command = [python, __file__, "serve", kind, name, json.dumps(options)]
+        command += ["--device", device] if device else []
+        environment = os.environ | dict(XLA_PYTHON_CLIENT_PREALLOCATE="false")
+        self.process = subprocess.Popen(command, text=True, stdin=-1, stdout=-1, stderr=log, env=environment)
+        self.name, self.limit = name, limit
+        reply = self.reply()
+        self.what, self.error = reply.get("what"), reply.get("error")
+
+    def reply(self):
+        timer = threading.Timer(self.limit, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if line:
+            return json.loads(line)
+        status = self.process.wait()
+        return dict(error=f"not done in {self.limit} s" if status == -9 else f"ended with status {status}: see the log")
+
+    def ask(self, **job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return self.reply()
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def race(kind, jobs, models, options, a):
+    """The jobs (dicts) in order, each asked of one model after another; a model that fails gets no larger job of that kind
+    (jobs alike but for their last item). Prints and returns rows, and what the models are."""
+    pythons = dict(p.split("=", 1) for p in a.python)
+    with open(a.out / "log.txt", "w") as log:
+        remotes = [Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models]
+        print("\n".join(lines := [f"{r.name}: {r.what or 'left out: ' + r.error}" for r in remotes]), flush=True)
+        rows, given_up = [], {r.name: r.error for r in remotes if r.error}
+        for job in jobs:
+            group = tuple(job.values())[:-1]
+            for r in remotes:
+                if r.name in given_up or (r.name, group) in given_up:
+                    continue
+                reply = r.ask(**job)
+                rows.append(dict(model=r.name, **job, **reply))
+                if "error" in reply:
+                    given_up[r.name if r.process.poll() is not None else (r.name, group)] = reply["error"]
+                print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        for r in remotes:
+            r.close()
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    with open(a.out / f"{kind}.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows, lines
+
+
+def markdown(rows, line, column, value):
+    """A table of value(row): a line for each line(row), a column for each column(row), in order of appearance."""
+    lines, columns = (list(dict.fromkeys(map(f, rows))) for f in (line, column))
+    cells = {(line(r), column(r)): r["error"] if "error" in r else value(r) for r in rows}
+    text = [["", *columns], ["---"] * (1 + len(columns)), *([k, *(cells.get((k, c), "") for c in columns)] for k in lines)]
+    return "\n".join("| " + " | ".join(map(str, t)) + " |" for t in text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An ASE step: molecular dynamics and what it pays: new positions, neighbour list, energy, forces and stress, back in numpy
 
 
 def crystal(symbol, n):
@@ -47,171 +192,548 @@ def warm(atoms, kelvin=300):
     atoms.set_momenta(momenta - momenta.mean(0))
 
 
-def ase_steps(calc, symbols, sizes, steps):
-    """Velocity Verlet at 300 K, 1 fs; and apart: making the list, seeing that it is complete, the model."""
-    columns = "atoms edges/list ms/step median lists rebuild_ms locate_ms model_ms atoms/s memory_GiB".split()
-    print(f"{'':5}" + "".join(f"{c:>11}" for c in columns))
-    for symbol, n in itertools.product(symbols, sizes):
-        atoms = crystal(symbol, n)
-        atoms.calc, calc.listed, calc.replay = calc, None, None
+def ase_steps(calc, device):
+    """case(symbol, n, steps): velocity Verlet at 300 K, 1 fs."""
+
+    def case(symbol, steps, n):
+        atoms, seconds = crystal(symbol, n), []
         warm(atoms)
+        atoms.calc = calc
         md = VelocityVerlet(atoms, 1 * units.fs)
-        if calc.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(calc.device)
-        try:
-            md.run(min(steps, 10))  # kernels are built
-            times, lists, made = [], 0, calc.listed
-            for _ in range(steps):
-                start = clock(calc.device)
-                md.run(1)
-                times.append(clock(calc.device) - start)
-                lists, made = lists + (calc.listed is not made), calc.listed
-            parts, repeat = [], min(steps, 10)
-            for part in ("rebuild", "locate", "model"):
-                start = clock(calc.device)
-                for _ in range(repeat):
-                    if part == "rebuild":
-                        calc.listed = None
-                    if part != "model":
-                        place = calc.locate(atoms)
-                    else:
-                        calc.evaluate(place, again=True)
-                parts.append((clock(calc.device) - start) * 1000 / repeat)
-        except (torch.cuda.OutOfMemoryError, ValueError) as e:
-            print(f"{symbol:5}{len(atoms):11} does not fit: {str(e).splitlines()[0][:90]}")
-            continue
-        memory = torch.cuda.max_memory_allocated(calc.device) / 2**30 if calc.device.type == "cuda" else 0
-        parts = [f"{p:11.3f}" for p in (1000 * np.mean(times), 1000 * np.median(times), lists, *parts)]
-        rate = f"{1000 * len(atoms) / float(parts[-1]):11.0f}{memory:11.3f}"
-        print(f"{symbol:5}{len(atoms):11}{len(calc.listed[0].senders):11}" + "".join(parts) + rate, flush=True)
+        for _ in range(WARM_UP + steps):
+            start = clock(device)
+            md.run(1)
+            atoms.get_stress()
+            seconds.append(clock(device) - start)
+        atoms.calc, calc.atoms = None, None
+        if isinstance(calc, NequixCalculator):
+            calc.listed = calc.replay = None  # their memory is another's
+        return dict(atoms=len(atoms), **spread(seconds[WARM_UP:]), first_s=seconds[0])
+
+    return case
 
 
-def relaxations(calc, path, n, fmax, steps, n_ase):
+def ours(conv):
+    def make(device, weights, dtype):
+        calc = NequixCalculator(weights, device, dtype, conv)
+        return ase_steps(calc, device), f"this repository, {dtype}, convolution {conv}"
+
+    return make
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def stand_in(*names):
+    """Empty modules in place of those that are missing and have no part in a step: loggers and loaders of training."""
+
+    class Empty(types.ModuleType):
+        __path__ = []
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if getattr(sys.modules.get(parent), "empty", False) or not parent and importlib.util.find_spec(name) is None:
+            sys.modules[name] = Empty(name)
+            sys.modules[name].empty = True
+            if parent:
+                setattr(sys.modules[parent], child, sys.modules[name])
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+#INFERPEERS#
+PEERS = {}
+
+def infer(a, device):
+    sizes = a.sizes or ([8, 64, 216, 1000, 8000, 64000] if device.type == "cuda" else [8, 64, 216])
+    jobs = [dict(symbol=symbol, steps=a.steps, n=n) for symbol in a.crystals for n in sizes]
+    options = dict(weights=a.weights, dtype=a.dtype)
+    rows, lines = race("infer", jobs, a.models or list(MODELS["infer"]), options, a)
+    done = [r for r in rows if "ms" in r]
+    text = [header(device), "", *lines, ""]
+    for symbol in a.crystals:
+        mine = [r for r in rows if r["symbol"] == symbol]
+        text += [f"{symbol}, ms a step: median of {a.steps} (first to last decile)", ""]
+        text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], lambda r: "{ms:.2f} ({low:.2f} to {high:.2f})".format(**r)), ""]
+        text += ["First step, with what is compiled in it, s; peak memory, GiB", ""]
+        text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], lambda r: "{first_s:.1f}; {memory_GiB:.2f}".format(**r)), ""]
+        for model in dict.fromkeys(r["model"] for r in done):
+            large = [r for r in done if (r["model"], r["symbol"]) == (model, symbol) and r["atoms"] >= 1000]
+            if len(large) > 1:
+                slope = np.polyfit(*np.log([[r["atoms"], r["ms"]] for r in large]).T, 1)[0]
+                extra = (large[-1]["memory_GiB"] - large[-2]["memory_GiB"]) / (large[-1]["atoms"] - large[-2]["atoms"]) * 2**20
+                text.append(f"{model}: time grows as atoms^{slope:.2f} from {large[0]['atoms']} atoms on; {extra:.1f} KiB an atom")
+        text.append("")
+    text.append(PUBLISHED)
+    (a.out / "infer.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+    if done:
+        draw(done, a.crystals, a.out / "speed.png", header(device))
+
+
+def draw(rows, symbols, path, title):
+    """Steps a day against atoms, as the paper's Figure 3."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(symbols), figsize=(5 * len(symbols), 4), layout="constrained", sharey=True, squeeze=False)
+    for axis, symbol in zip(axes[0], symbols):
+        for model in dict.fromkeys(r["model"] for r in rows):
+            mine = [r for r in rows if (r["model"], r["symbol"]) == (model, symbol)]
+            axis.loglog([r["atoms"] for r in mine], [86_400_000 / r["ms"] for r in mine], "o-", ms=4, label=model)
+        axis.set(xlabel="atoms", title=dict(C="diamond", Si="silicon")[symbol])
+    axes[0][0].set_ylabel("steps/day")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training step: neighbour list, loss, gradient, Muon, averaged weights; each batch in one piece
+
+
+def our_training(conv):
+    def make(device, path, tf32, split):
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        packed = PackedSet(path, Nequix.DEFAULTS["cutoff"], device)
+        frames = packed.indices(TRAIN)
+        torch.manual_seed(0)
+        model = Nequix(packed.meta["statistics"], conv).to(device)
+        params = list(model.parameters())
+        averaged, optimizer = [p.detach().clone() for p in params], Muon(params, lr=0.01)
+        flat = torch.zeros(sum(p.numel() for p in params), device=device)
+        for p, g in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = g.view_as(p)
+
+        @torch.no_grad()
+        def update():
+            flat.mul_((100 / torch.linalg.vector_norm(flat)).clamp(max=1))
+            optimizer.step()
+            torch._foreach_lerp_(averaged, params, 0.001)
+
+        def case(steps, batch):
+            rng, replay = np.random.default_rng(0), Replay(model, (20.0, 20.0, 5.0))
+            counts, marks, sizes = label_counts(packed, frames) * batch / len(frames), [], []
+            order = np.concatenate([rng.permutation(frames) for _ in range(-(-(WARM_UP + steps) * batch // len(frames)))])
+            pieces = [deal(order[i * batch : (i + 1) * batch], packed.n_edges, ranks)[rank] for i in range(WARM_UP + steps)]
+
+            def run(pieces):
+                for b in prefetch(packed, pieces):
+                    marks.append(mark(device))
+                    sizes.append([len(b.numbers), len(b.senders)])
+                    flat.zero_()
+                    replay(b, counts)
+                    if ranks > 1:
+                        dist.all_reduce(flat)
+                    update()
+                marks.append(mark(device))
+
+            run(pieces[:WARM_UP])
+            marks.clear()
+            start = clock(device)
+            run(pieces[WARM_UP:])
+            whole = (clock(device) - start) / steps
+            atoms, edges = (float(x) for x in ranks * np.mean(sizes[WARM_UP:], axis=0))
+            result = spread(between(marks)) | dict(rate=batch / whole, atoms_per_s=atoms / whole, edges_per_s=edges / whole)
+            if split:
+                result |= busy_share(lambda: run(pieces[:5]), device) | parts_of_a_step(packed, pieces[0], model, counts, update)
+            return result
+
+        return case, f"this repository, {'TF32' if tf32 else 'float32'}, convolution {model.chosen_conv()}, {ranks} rank(s)"
+
+    return make
+
+
+def mark(device):
+    """A point of time: of the GPU's work, without a wait for it; or now."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(marks):
+    """Seconds from each point of time to the next."""
+    if isinstance(marks[0], float):
+        return np.diff(marks)
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:])]
+
+
+def parts_of_a_step(packed, piece, model, counts, update):
+    """ms of each part alone, and waited for; of fused kernels as CUDA graphs, as far as `Replay` would: without the launches."""
+    device, weights, fused = packed.device, (20.0, 20.0, 5.0), model.chosen_conv() == "fused"
+    batch = packed.batch(piece)
+    vectors = batch.vectors.detach().requires_grad_()
+    inputs = batch.numbers, vectors, batch.senders, batch.row_ptr
+    scale = torch.from_numpy(counts).to(device)
+    if fused:
+        first = lambda: model.fused(*inputs, keep=True)
+        second = lambda: torch.autograd.grad(first()[0].sum(), vectors)
+    else:
+        first = lambda: model(*inputs)
+        second = lambda: energy_forces_stress(model, batch, create_graph=True)
+    third = lambda: loss_and_gradient(model, batch, weights, scale)
+
+    def milliseconds(run):
+        if device.type == "cuda" and fused and len(batch.senders) <= Replay.MOST and run is not list_edges:
+            run = kernels.capture(run, device)[0].replay
+        times = []
+        for _ in range(12):
+            start = clock(device)
+            run()
+            times.append(1000 * (clock(device) - start))
+        return statistics.median(times[2:])
+
+    list_edges = lambda: packed.batch(piece)
+    a, b, c = (milliseconds(f) for f in (first, second, third))
+    parts = dict(data_and_list_ms=milliseconds(list_edges), forward_ms=a, force_backward_ms=b - a, loss_backward_ms=c - b)
+    return parts | dict(optimizer_ms=milliseconds(update))
+
+
+def busy_share(run, device):
+    """The share of the time, from the first kernel to the last, in which a kernel or a copy runs on the GPU."""
+    if device.type == "cpu":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    spans = [(e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy, last = 0, min(spans)[0]
+    for start, end in sorted(spans):
+        busy, last = busy + max(end - max(start, last), 0), max(last, end)
+    return dict(busy_percent=100 * busy / (last - min(spans)[0]))
+
+
+# The official code (nequix 0.4.5): its model, loss, Muon, clipping, schedule and averaged weights. Its data are free: each batch is
+# one that is made before the clock.
+
+OFFICIAL = dict(hidden_irreps="128x0e + 64x1o + 32x2e + 32x3o", lmax=3, cutoff=6.0, n_layers=4, radial_basis_size=8)
+OFFICIAL |= dict(radial_mlp_size=64, radial_mlp_layers=2, radial_polynomial_p=6.0, mlp_init_scale=4.0, index_weights=False)
+OFFICIAL |= dict(layer_norm=True, shift=0.16502578765761478, scale=0.8066479563713074, avg_n_neighbors=57.413687022442645)
+LOGGERS = "wandb wandb_osh wandb_osh.hooks yaml cloudpickle matscipy matscipy.neighbours torch_geometric torch_geometric.loader"
+
+
+def official_batch(packed, size):
+    """A batch as numpy arrays, edges numbered within the batch; float32, int32."""
+    frames, rng = packed.indices(TRAIN), np.random.default_rng(0)
+    b = packed.batch(np.concatenate([rng.permutation(frames) for _ in range(-(-size // len(frames)))])[:size])
+    elements = torch.tensor(packed.meta["statistics"]["atomic_numbers"], device=b.numbers.device)
+    integers = dict(n_node=b.n_atoms, n_edge=torch.bincount(b.structure[b.receivers], minlength=size), senders=b.senders)
+    integers |= dict(receivers=b.receivers, species=torch.searchsorted(elements, b.numbers), structure=b.structure)
+    floats = {k: getattr(b, k) for k in ("positions", "shifts", "cell", "energy", "forces", "stress")}
+    return {k: v.cpu().numpy().astype(t) for g, t in ((integers, np.int32), (floats, np.float32)) for k, v in g.items()}
+
+
+def official_rates(step, wait, steps, size, arrays):
+    """Of step(), which wait() waits for."""
+    for _ in range(WARM_UP):
+        step()
+    wait()
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    whole = sum(seconds) / steps
+    more = dict(rate=size / whole, atoms_per_s=len(arrays["species"]) / whole, edges_per_s=len(arrays["senders"]) / whole)
+    return spread(seconds) | more
+
+
+def official_torch(device, path, tf32, split):
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the package imports jax: off the GPU
+    stand_in(*LOGGERS.split())
+    from nequix.torch_impl.model import NequixTorch
+    from nequix.torch_impl.muon import SingleDeviceMuonWithAuxAdam, get_muon_param_groups
+    from nequix.torch_impl.train import loss
+
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    packed, kernel = PackedSet(path, 6.0, device), device.type == "cuda"
+    n_species = len(packed.meta["statistics"]["atomic_numbers"])
+    model = NequixTorch(n_species=n_species, atom_energies=[0.0] * n_species, kernel=kernel, **OFFICIAL).to(device)
+    optimizer, averaged = SingleDeviceMuonWithAuxAdam(get_muon_param_groups(model, 0.01, 1e-3)), copy.deepcopy(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    def case(steps, batch):
+        arrays = official_batch(packed, batch)
+        t = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
+
+        class Graphs(types.SimpleNamespace):  # as torch_geometric's collate has it
+            __getitem__ = types.SimpleNamespace.__getattribute__
+
+        graphs = Graphs(x=t["species"].long(), edge_attr=t["shifts"], batch=t["structure"].long(), num_graphs=batch, **t)
+        graphs.edge_index = torch.stack([t["senders"], t["receivers"]]).long()
+
+        def step():  # train_step of nequix/torch_impl/train.py
+            graphs.positions = graphs.positions.detach()
+            model.train()
+            optimizer.zero_grad()
+            loss(model, graphs, 20.0, 20.0, 5.0, "mae", device)[0].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+            optimizer.step()
+            scheduler.step()
+            with torch.no_grad():
+                for a, p in zip(averaged.parameters(), model.parameters()):
+                    a.data = a.data * 0.999 + p.data * 0.001
+
+        return official_rates(step, lambda: clock(device), steps, batch, arrays)
+
+    return case, f"nequix {version('nequix')}, PyTorch, {'OpenEquivariance' if kernel else 'no kernel'}, {'TF32' if tf32 else 'float32'}"
+
+
+def official_jax(device, path, tf32, split):
+    os.environ |= dict(JAX_PLATFORMS=device.type, OEQ_NOTORCH="1")
+    stand_in(*LOGGERS.split())
+    import equinox
+    import jax
+    import jraph
+    import optax
+    from nequix.model import Nequix, weight_decay_mask
+    from nequix.train import loss
+
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+    packed, kernel = PackedSet(path, 6.0, "cpu"), device.type == "cuda"
+    n_species = len(packed.meta["statistics"]["atomic_numbers"])
+    model = Nequix(jax.random.key(0), n_species=n_species, atom_energies=[0.0] * n_species, kernel=kernel, **OFFICIAL)
+    schedule = optax.warmup_cosine_decay_schedule(0.002, 0.01, 1000, 1_000_000, 1e-6)
+    muon = optax.contrib.muon(schedule, weight_decay=1e-3, weight_decay_mask=weight_decay_mask(model))
+    optimizer = optax.chain(optax.clip_by_global_norm(100.0), muon)
+
+    @equinox.filter_jit  # train_step of nequix/train.py, without its pmap over one device
+    def train_step(model, averaged, state, graphs):
+        (value, _), grads = equinox.filter_value_and_grad(loss, has_aux=True)(model, graphs, 20.0, 20.0, 5.0, "mae")
+        updates, state = optimizer.update(grads, state, equinox.filter(model, equinox.is_array))
+        model = equinox.apply_updates(model, updates)
+        old, static = equinox.partition(averaged, equinox.is_array)
+        new = jax.tree.map(lambda a, p: a * 0.999 + p * 0.001, old, equinox.filter(model, equinox.is_array))
+        return model, equinox.combine(new, static), state
+
+    def case(steps, batch):
+        x = official_batch(packed, batch)
+        nodes, labels = ("species", "positions", "forces"), ("cell", "energy", "stress")
+        groups = dict(nodes=nodes, edges=("shifts",), globals=labels)
+        graphs = jraph.GraphsTuple(
+            **{k: {n: x[n] for n in names} for k, names in groups.items()}, **{k: x[k] for k in "n_node n_edge senders receivers".split()}
+        )
+        room = [int(1.1 * len(x[k])) + 1 for k in ("species", "senders")]  # the official buffer_factor
+        graphs = jax.device_put(jraph.pad_with_graphs(graphs, *room, batch + 1))
+        state = [model, jax.tree.map(lambda p: p, model), optimizer.init(equinox.filter(model, equinox.is_array))]
+
+        def step():
+            state[:] = train_step(*state, graphs)
+
+        return official_rates(step, lambda: jax.block_until_ready(state), steps, batch, x)
+
+    return case, f"nequix {version('nequix')}, JAX {jax.__version__}, {'OpenEquivariance' if kernel else 'no kernel'}, {'TF32' if tf32 else 'float32'}"
+
+
+
+def training(a, device):
+    jobs = [dict(steps=a.steps, batch=batch) for batch in a.batches]
+    options = dict(path=a.data, tf32=a.tf32, split=a.split)
+    if "WORLD_SIZE" in os.environ:  # torchrun: these processes are the ranks of ours
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"]))) if device.type == "cuda" else None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rows = []
+        for name in a.models or ["fused"]:
+            case, what = MODELS["train"][name](device, **options)
+            rows += [dict(model=name, **job, **case(**job), memory_GiB=peak_memory()) for job in jobs]
+        lines, rank = [f"{name}: {what}"], dist.get_rank()
+        dist.destroy_process_group()
+        if rank:
+            return
+    else:
+        rows, lines = race("train", jobs, a.models or list(MODELS["train"]), options, a)
+    text = [header(device), f"{a.data}; {a.steps} steps of each batch", "", *lines, ""]
+    value = lambda r: f"{r['rate']:.4g}; {r['ms']:.1f} ({r['low']:.1f} to {r['high']:.1f}); {r['memory_GiB']:.1f}"
+    text += ["Structures/s; ms a step, median (first to last decile); peak memory, GiB", ""]
+    text += [markdown(rows, lambda r: r["model"], lambda r: r["batch"], value), ""]
+    text += ["Atoms/s, edges/s", ""]
+    value = lambda r: f"{r['atoms_per_s']:.0f}, {r['edges_per_s']:.0f}"
+    text += [markdown(rows, lambda r: r["model"], lambda r: r["batch"], value), ""]
+    if a.split:
+        of = [k for k in dict.fromkeys(itertools.chain.from_iterable(rows)) if k.startswith("busy") or k.endswith("_ms")]
+        value = lambda r: ", ".join(f"{r[k]:.2f}" for k in of if k in r)
+        text += [", ".join(of), "", markdown(rows, lambda r: r["model"], lambda r: r["batch"], value), ""]
+    value = lambda r: f"{100 * MPTRJ / r['rate'] / 3600 * int(os.environ.get('WORLD_SIZE', 1)):.1f}"
+    text += [f"Projection, not a measurement: GPU-hours for 100 epochs of {MPTRJ} frames at this rate", ""]
+    text += [markdown(rows, lambda r: r["model"], lambda r: r["batch"], value)]
+    (a.out / "train.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relaxations, and the drift of the energy
+
+
+def relaxations(a, device):
     """Throughput of relax on the first n structures of a file; ASE's FIRE one by one on n_ase of them, evenly spread."""
-    structures = list(itertools.islice(ase.io.iread(path, ":"), n))
-    for _ in calc.relax(structures[:8], fmax, 3):  # kernels are built, the memory is measured
+    calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
+    print(f"{header(device)}, {a.weights}, {a.dtype}, convolution {calc.model.chosen_conv()}")
+    structures = list(itertools.islice(ase.io.iread(a.file, ":"), a.n))
+    for _ in calc.relax(structures[:8], a.fmax, 3):  # kernels are built, the memory is measured
         pass
-    start, results = clock(calc.device), {}
-    for i, atoms, energy, converged, taken, error in calc.relax(structures, fmax, steps):
+    start, results = clock(device), {}
+    for i, atoms, energy, converged, taken, error in calc.relax(structures, a.fmax, a.max_steps):
         results[i] = energy, converged, taken, error
-    seconds = clock(calc.device) - start
+    seconds = clock(device) - start
     converged, failed = sum(r[1] for r in results.values()), sum(r[3] is not None for r in results.values())
     taken = sum(r[2] for r in results.values())
     size = sum(map(len, structures)) / len(structures)
-    print(f"{len(structures)} structures, {size:.1f} atoms on average, of {path}: fmax {fmax} eV/A, at most {steps} steps")
+    print(f"{len(structures)} structures, {size:.1f} atoms on average, of {a.file}: fmax {a.fmax} eV/A, at most {a.max_steps} steps")
     print(f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end="")
     print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
 
-    picks = np.unique(np.linspace(0, len(structures) - 1, n_ase).astype(int))
-    start, apart, same = clock(calc.device), [], 0
+    picks = np.unique(np.linspace(0, len(structures) - 1, a.n_ase).astype(int))
+    start, apart, same = clock(device), [], 0
     for i in picks:
         atoms = structures[i].copy()
         atoms.calc = calc
-        done = FIRE(FrechetCellFilter(atoms), logfile=None).run(fmax, steps)
+        done = FIRE(FrechetCellFilter(atoms), logfile=None).run(a.fmax, a.max_steps)
         apart.append(1000 * abs(atoms.get_potential_energy() - results[i][0]) / len(atoms))
         same += done == results[i][1]
-    one_by_one = (clock(calc.device) - start) / len(picks)
+    one_by_one = (clock(device) - start) / len(picks)
     faster = one_by_one * len(structures) / seconds
     print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
     print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
 
+    few = structures[: a.n_torch_sim]
+    try:
+        energies, seconds = torch_sim_relaxed(few, calc, a.fmax, a.max_steps)
+    except Exception as e:  # of any library
+        return print(f"torch-sim: left out: {type(e).__name__}: {e}".splitlines()[0])
+    apart = [1000 * abs(e - results[i][0]) / len(few[i]) for i, e in enumerate(energies)]
+    print(f"torch-sim {version('torch-sim-atomistic')} with the same model, the first {len(few)}: {len(few) / seconds:.2f} structures/s; ", end="")
+    print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {np.quantile(apart, 0.95):.4f} (95% of them)")
 
-def nve(weights, device, conv, sizes, picoseconds):
+
+def torch_sim_relaxed(structures, calc, fmax, max_steps):
+    """Energies, eV, by torch-sim's FIRE on its Frechet cell with batches in flight, as large as those of relax; and seconds."""
+    stand_in("tables", "h5py")  # of trajectories
+    import torch_sim
+    from torch_sim.autobatching import InFlightAutoBatcher
+    from torch_sim.models.interface import ModelInterface
+
+    class Wrapped(ModelInterface):
+        def __init__(self):
+            super().__init__()
+            self._device, self._dtype, self._compute_stress, self._compute_forces = calc.device, torch.float64, True, True
+            self._memory_scales_with = "n_atoms_x_density"
+
+        def forward(self, s):
+            n_atoms = torch.bincount(s.system_idx)
+            pbc = torch.as_tensor(s.pbc, device=calc.device).expand(len(n_atoms), 3)
+            cell = s.row_vector_cell.contiguous()
+            batch = make_batch(s.atomic_numbers, s.positions, cell, pbc, n_atoms, calc.cutoff, calc.device)
+            return dict(zip(("energy", "forces", "stress"), energy_forces_stress(calc.model, batch)))
+
+    def relaxed(structures, steps):
+        model = Wrapped()
+        room = 1000 * calc.edge_budget() / (4 / 3 * np.pi * calc.cutoff**3)  # atoms times atoms a nm^3
+        options = dict(autobatcher=InFlightAutoBatcher(model, max_memory_scaler=room), max_steps=steps)
+        options |= dict(optimizer=torch_sim.frechet_cell_fire)
+        options |= dict(convergence_fn=torch_sim.generate_force_convergence_fn(fmax, include_cell_forces=True))
+        start = clock(calc.device)
+        energies = torch_sim.optimize([s.copy() for s in structures], model, **options).energy.tolist()
+        return energies, clock(calc.device) - start
+
+    relaxed(structures[:8], 5)  # kernels are built
+    return relaxed(structures, max_steps)
+
+
+def nve(a, device):
     """Drift of the total energy: a line fitted to it over the run after 0.1 ps."""
-    for n, dtype in itertools.product(sizes, ("float32", "float64")):
+    print(f"{header(device)}, {a.weights}, convolution {a.conv}")
+    for n, dtype in itertools.product(a.sizes, ("float32", "float64")):
         atoms = crystal("Si", n)
-        atoms.calc = NequixCalculator(weights, device, dtype, conv)
+        atoms.calc = NequixCalculator(a.weights, a.device, dtype, a.conv)
         warm(atoms)
         md, energies = VelocityVerlet(atoms, 1 * units.fs), []
         md.run(100)
         md.attach(lambda: energies.append(1000 * atoms.get_total_energy() / len(atoms)))
-        md.run(round(1000 * picoseconds))
+        md.run(round(1000 * a.ps))
         drift = np.polyfit(np.arange(len(energies)) / 1000, energies, 1)[0]
         print(
-            f"Si {len(atoms)} atoms, 300 K, {picoseconds} ps, 1 fs, {dtype}: drift {drift:+.5f} meV/atom/ps, "
+            f"Si {len(atoms)} atoms, 300 K, {a.ps} ps, 1 fs, {dtype}: drift {drift:+.5f} meV/atom/ps, "
             f"standard deviation {np.std(energies):.5f} meV/atom"
         )
 
 
-def training(path, device, conv, batches, steps):
-    """Steps as train.py takes them, each batch in one piece: neighbour list, loss, gradient, Muon, averaged weights."""
-    packed = PackedSet(path, Nequix.DEFAULTS["cutoff"], device)
-    frames, rng = packed.indices(TRAIN), np.random.default_rng(0)
-    torch.manual_seed(0)
-    model = Nequix(packed.meta["statistics"], conv).to(device)
-    params = list(model.parameters())
-    averaged, optimizer = [p.detach().clone() for p in params], Muon(params, lr=0.01)
-    edges = packed.n_edges[frames].mean()
-    print(f"{len(frames)} frames, {packed.n_atoms[frames].mean():.1f} atoms and {edges:.0f} edges on average; intervals of {steps} steps")
-    print(f"{'batch':>8}{'ms/step':>30}{'structures/s':>30}{'memory_GiB':>12}")
-    for size in batches:
-        counts = label_counts(packed, frames) * size / len(frames)
-        replay = Replay(model, (20.0, 20.0, 5.0))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
 
-        def run(n):
-            pieces = [np.resize(rng.permutation(frames), size) for _ in range(n)]
-            for batch in prefetch(packed, pieces):
-                optimizer.zero_grad(set_to_none=False)
-                replay(batch, counts)
-                optimizer.step()
-                torch._foreach_lerp_(averaged, [p.data for p in params], 0.001)
-
-        try:
-            run(3)
-            times = []
-            for _ in range(3):
-                start = clock(device)
-                run(steps)
-                times.append((clock(device) - start) / steps)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{size:8} does not fit")
-            return
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
-        ms, rate = " ".join(f"{1000 * t:.2f}" for t in times), " ".join(f"{size / t:.0f}" for t in times)
-        print(f"{size:8}{ms:>30}{rate:>30}{memory:12.2f}", flush=True)
+MODELS = dict(
+    infer={"fused": ours("fused"), "oeq": ours("oeq"), "torch": ours("torch"), **PEERS},
+    train={"fused": our_training("fused"), "oeq": our_training("oeq"), "torch": our_training("torch")}
+    | {"nequix-torch": official_torch, "nequix-jax": official_jax},
+)
 
 
 def main():
+    if sys.argv[1:2] == ["serve"]:
+        kind, name, options, *device = sys.argv[2:]
+        return serve(kind, name, device[1] if device else None, json.loads(options))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
-    p.add_argument("--sizes", type=int, nargs="+", default=[64, 1000, 8000], help="atoms")
-    p.add_argument("--crystals", nargs="+", default=["Si", "C"], choices=["Si", "C"], help="default: both")
-    p.add_argument("--steps", type=int, default=100, help="timed ASE steps (default: 100)")
-    p.add_argument("--relax", metavar="FILE", help="relax the structures of this file instead")
-    p.add_argument("--n", type=int, default=2000, help="with --relax: so many of them (default: 2000)")
-    p.add_argument("--n-ase", type=int, default=20, help="with --relax: so many with ASE too (default: 20)")
-    p.add_argument("--fmax", type=float, default=0.02, help="eV/A (default: 0.02)")
-    p.add_argument("--max-steps", type=int, default=500, help="with --relax (default: 500)")
-    p.add_argument("--train", metavar="DATA", help="time training steps on this packed set instead")
-    p.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256], help="with --train (default: 64 128 256)")
-    p.add_argument("--tf32", action="store_true", help="with --train: TF32 matrix products")
-    p.add_argument("--nve", action="store_true", help="print the drift of the energy in NVE instead")
-    p.add_argument("--ps", type=float, default=1.0, help="with --nve: so long (default: 1 ps)")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
-    p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
+    commands = p.add_subparsers(dest="command", required=True)
+
+    def command(name, run, help, weights=True):
+        c = commands.add_parser(name, help=help)
+        c.set_defaults(run=run)
+        c.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+        if weights:
+            c.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
+            c.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
+        return c
+
+    def racing(c, kind):
+        c.add_argument("--models", nargs="+", choices=MODELS[kind], help="default: all that are installed")
+        c.add_argument("--steps", type=int, default=20, help="steps timed (default: 20)")
+        c.add_argument("--python", nargs="+", default=[], metavar="MODEL=INTERPRETER", help="of packages that need an environment of their own")
+        c.add_argument("--limit", type=float, default=300, help="s; a model that takes longer for one size is left out (default: 300)")
+        c.add_argument("--out", type=Path, default=Path(f"runs/speed_{kind}"), help=f"default: runs/speed_{kind}")
+
+    c = command("infer", infer, "ASE steps of diamond and silicon")
+    racing(c, "infer")
+    c.add_argument("--sizes", type=int, nargs="+", help="atoms (default: 8 to 64000; on a CPU to 216)")
+    c.add_argument("--crystals", nargs="+", default=["C", "Si"], choices=["C", "Si"], help="default: both")
+    c = command("train", training, "training steps", weights=False)
+    racing(c, "train")
+    c.add_argument("data", help="a packed set")
+    c.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="structures (default: 64 to 1024)")
+    c.add_argument("--tf32", action="store_true", help="TF32 matrix products")
+    c.add_argument("--split", action="store_true", help="also each part of a step, and how busy the GPU is")
+    c = command("relax", relaxations, "structures/s of relax")
+    c.add_argument("file", help="structures, anything ASE reads")
+    c.add_argument("--n", type=int, default=2000, help="so many of them (default: 2000)")
+    c.add_argument("--n-ase", type=int, default=20, help="so many with ASE too (default: 20)")
+    c.add_argument("--n-torch-sim", type=int, default=200, help="so many with torch-sim, if installed (default: 200)")
+    c.add_argument("--fmax", type=float, default=0.02, help="eV/A (default: 0.02)")
+    c.add_argument("--max-steps", type=int, default=500, help="default: 500")
+    c.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
+    c = command("nve", nve, "drift of the energy of silicon")
+    c.add_argument("--sizes", type=int, nargs="+", default=[64, 216], help="atoms (default: 64 216)")
+    c.add_argument("--ps", type=float, default=1.0, help="so long (default: 1 ps)")
+    c.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
     a = p.parse_args()
     try:
-        if a.train:
-            device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            if a.tf32:
-                torch.set_float32_matmul_precision("high")
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-            print(f"{name}, torch {torch.__version__}, {a.train}, {'TF32' if a.tf32 else 'float32'}, conv {a.conv}")
-            return training(a.train, device, a.conv, a.batches, min(a.steps, 20))
-        calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
-        name = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "CPU"
-        print(f"{name}, torch {torch.__version__}, {a.weights}, {a.dtype}, conv {a.conv}")
-        if a.relax:
-            relaxations(calc, a.relax, a.n, a.fmax, a.max_steps, a.n_ase)
-        elif a.nve:
-            nve(a.weights, a.device, a.conv, a.sizes, a.ps)
-        else:
-            ase_steps(calc, a.crystals, a.sizes, a.steps)
+        if a.command in MODELS:
+            a.out.mkdir(parents=True, exist_ok=True)
+        a.run(a, gpu_or_cpu(a.device))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -85,7 +85,7 @@ class Replay:
     and then lists that change, of atoms that do not."""
 
     def __init__(self, model, listed):
-        edges = len(listed.senders) * 5 // 4 + 256  # room for longer lists. Edges outside row_ptr count for nothing.
+        edges = len(listed.senders) * 9 // 8 + 256  # room for longer lists. Edges outside row_ptr count for nothing.
         self.place = torch.cat([listed.positions, listed.cell[0]])
         self.batch = b = dataclasses.replace(listed)
         b.senders, b.receivers = listed.senders.new_zeros(edges), listed.receivers.new_zeros(edges)

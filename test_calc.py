@@ -205,7 +205,7 @@ def test_changes_are_those_that_ase_sees(calc):
 @needs_shared
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 0.02), ("float32", 0.05)])
 def test_nve_conserves_energy(dtype, tolerance):
-    """8 atoms of silicon at 600 K, 0.1 ps; bench_speed.py --nve does 1 ps of 64 and 216 atoms."""
+    """8 atoms of silicon at 600 K, 0.1 ps; bench_speed.py nve does 1 ps of 64 and 216 atoms."""
     atoms = bulk("Si", cubic=True)
     atoms.rattle(0.02, seed=0)
     atoms.calc = NequixCalculator(MP1, "cpu", dtype)
