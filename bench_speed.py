@@ -23,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -96,20 +97,20 @@ def serve(kind, name, device, options):
         reply = dict(what=what)
     print(json.dumps(reply), file=out, flush=True)
     for line in sys.stdin if "what" in reply else ():
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         try:
             reply = case(**json.loads(line)) | dict(memory_GiB=peak_memory())
         except Exception as e:
             memory = "out of memory" in str(e).lower() or "RESOURCE_EXHAUSTED" in str(e)
             reply = dict(error="out of memory" if memory else f"{type(e).__name__}: {e}".splitlines()[0])
+        gc.collect()  # outside of the handler, which holds on to what failed. The memory is the next one's
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         print(json.dumps(reply), file=out, flush=True)
 
 
 class Remote:
-    """One such process, of `name`, seen from outside. self.error: why it can take no more jobs, or None."""
+    """One such process, of `name`, seen from outside; its first reply says what it is."""
 
     def __init__(self, kind, name, device, options, log, limit, python):
         command = [python, __file__, "serve", kind, name, json.dumps(options)]
@@ -117,8 +118,6 @@ class Remote:
         environment = os.environ | dict(XLA_PYTHON_CLIENT_PREALLOCATE="false")
         self.process = subprocess.Popen(command, text=True, stdin=-1, stdout=-1, stderr=log, env=environment)
         self.name, self.limit = name, limit
-        reply = self.reply()
-        self.what, self.error = reply.get("what"), reply.get("error")
 
     def reply(self):
         timer = threading.Timer(self.limit, self.process.kill)
@@ -146,18 +145,22 @@ def race(kind, jobs, models, options, a):
     pythons = dict(p.split("=", 1) for p in a.python)
     with open(a.out / "log.txt", "w") as log:
         remotes = [Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models]
-        print("\n".join(lines := [f"{r.name}: {r.what or 'left out: ' + r.error}" for r in remotes]), flush=True)
-        rows, given_up = [], {r.name: r.error for r in remotes if r.error}
-        for job in jobs:
-            group = tuple(job.values())[:-1]
-            for r in remotes:
-                if r.name in given_up or (r.name, group) in given_up:
+        first = {r.name: r.reply() for r in remotes}  # they start side by side
+        lines = [f"{name}: {reply.get('what') or 'left out: ' + reply['error']}" for name, reply in first.items()]
+        print("\n".join(lines), flush=True)
+        rows, given_up = [], {name: reply["error"] for name, reply in first.items() if "error" in reply}
+        try:
+            for job, r in itertools.product(jobs, remotes):
+                group = (r.name, *list(job.values())[:-1])
+                if r.name in given_up or group in given_up:
                     continue
                 reply = r.ask(**job)
                 rows.append(dict(model=r.name, **job, **reply))
                 if "error" in reply:
-                    given_up[r.name if r.process.poll() is not None else (r.name, group)] = reply["error"]
+                    given_up[r.name if r.process.poll() is not None else group] = reply["error"]
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        except KeyboardInterrupt:
+            lines.append("stopped before the end")
         for r in remotes:
             r.close()
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
@@ -200,14 +203,14 @@ def ase_steps(calc, device):
         warm(atoms)
         atoms.calc = calc
         md = VelocityVerlet(atoms, 1 * units.fs)
-        for _ in range(WARM_UP + steps):
-            start = clock(device)
-            md.run(1)
-            atoms.get_stress()
-            seconds.append(clock(device) - start)
-        atoms.calc, calc.atoms = None, None
-        if isinstance(calc, NequixCalculator):
-            calc.listed = calc.replay = None  # their memory is another's
+        try:
+            for _ in range(WARM_UP + steps):
+                start = clock(device)
+                md.run(1)
+                atoms.get_stress()
+                seconds.append(clock(device) - start)
+        finally:
+            calc.listed = calc.replay = None  # of ours
         return dict(atoms=len(atoms), **spread(seconds[WARM_UP:]), first_s=seconds[0])
 
     return case
@@ -222,27 +225,15 @@ def ours(conv):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Peers
+# Peers, in float32, each by its own ASE calculator. Where weights would have to be fetched, the architecture gets random ones.
 
 
-def stand_in(*names):
-    """Empty modules in place of those that are missing and have no part in a step: loggers and loaders of training."""
+def peer(make):
+    def start(device, weights, dtype):
+        calc, what = make(device.type, weights)
+        return ase_steps(calc, device), what
 
-    class Empty(types.ModuleType):
-        __path__ = []
-
-        def __getattr__(self, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        if getattr(sys.modules.get(parent), "empty", False) or not parent and importlib.util.find_spec(name) is None:
-            sys.modules[name] = Empty(name)
-            sys.modules[name].empty = True
-            if parent:
-                setattr(sys.modules[parent], child, sys.modules[name])
+    return start
 
 
 def version(package):
@@ -252,8 +243,108 @@ def version(package):
         return "of unknown version"
 
 
-#INFERPEERS#
-PEERS = {}
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def nequix_torch(device, weights):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it reads the weights: off the GPU
+    from nequix.calculator import NequixCalculator
+    from nequix.model import load_model
+    from nequix.torch_impl.model import save_model
+    from nequix.torch_impl.utils import convert_model_jax_to_torch
+
+    kernel = device == "cuda" and installed("openequivariance")
+    with tempfile.NamedTemporaryFile(suffix=".pt") as f:
+        save_model(f.name, *convert_model_jax_to_torch(*load_model(weights), False))
+        calc = NequixCalculator(model_path=f.name, backend="torch", use_kernel=kernel)
+    calc.device = torch.device(device)
+    calc.model.to(device)
+    return calc, f"nequix {version('nequix')}, PyTorch, {'OpenEquivariance' if kernel else 'no kernel'}"
+
+
+def nequix_jax(device, weights):
+    os.environ |= dict(JAX_PLATFORMS=device, OEQ_NOTORCH="1")
+    from nequix.calculator import NequixCalculator
+
+    kernel = device == "cuda" and installed("openequivariance_extjax")
+    calc = NequixCalculator(model_path=weights, backend="jax", use_kernel=kernel)
+    return calc, f"nequix {version('nequix')}, JAX {version('jax')}, {'OpenEquivariance' if kernel else 'no kernel'}"
+
+
+def mace(device, weights):
+    torch.serialization.add_safe_globals([slice])  # in a file of e3nn 0.4.4
+    from e3nn import o3
+    from mace import modules
+    from mace.calculators import MACECalculator
+
+    numbers = [*range(1, 84), *range(89, 95)]
+    torch.manual_seed(0)
+    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
+    shape = dict(hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"), r_max=6.0, num_bessel=10, max_ell=3)
+    shape |= dict(num_polynomial_cutoff=5, num_interactions=2, correlation=3, interaction_cls=block, interaction_cls_first=block)
+    shape |= dict(num_elements=len(numbers), atomic_numbers=numbers, atomic_energies=np.zeros(len(numbers)), use_reduced_cg=False)
+    shape |= dict(avg_num_neighbors=61.96, atomic_inter_scale=0.804, atomic_inter_shift=0.164, gate=torch.nn.functional.silu)
+    cueq = device == "cuda" and installed("cuequivariance_ops_torch")
+    model = modules.ScaleShiftMACE(**shape).float()
+    calc = MACECalculator(models=model, device=device, default_dtype="float32", enable_cueq=cueq)
+    kernel = "cuEquivariance" if cueq else "e3nn"
+    return calc, f"mace-torch {version('mace-torch')}, architecture of MACE-MP-0 medium, {kernel}, random weights"
+
+
+def sevennet(name):
+    def make(device, weights):
+        from sevenn.calculator import SevenNetCalculator
+
+        return SevenNetCalculator(name, device=device), f"sevenn {version('sevenn')}, {name}, e3nn"
+
+    return peer(make)
+
+
+def chgnet(device, weights):
+    from chgnet.model.dynamics import CHGNetCalculator
+
+    return CHGNetCalculator(use_device=device, on_isolated_atoms="ignore"), f"chgnet {version('chgnet')}"
+
+
+def mattersim(device, weights):
+    from mattersim.forcefield import MatterSimCalculator, Potential
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+
+    shape = dict(num_blocks=3, units=128, max_l=4, max_n=4, cutoff=5.0, threebody_cutoff=4.0, device=device)
+    potential = Potential(M3Gnet(**shape).to(device), device=device)
+    what = f"mattersim {version('mattersim')}, architecture of MatterSim-v1 1M, random weights"
+    return MatterSimCalculator(potential, device=device), what
+
+
+def nequip(device, weights):
+    from ase.data import chemical_symbols
+    from nequip.integrations.ase import NequIPCalculator
+    from nequip.integrations.utils import basic_transforms
+    from nequip.model import PresetNequIPGNNModel
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state(allow_tf32=False)
+    symbols = [chemical_symbols[z] for z in [*range(1, 84), *range(89, 95)]]
+    shape = dict(preset="L", seed=0, model_dtype="float32", r_max=6.0, type_names=symbols, avg_num_neighbors=60.0)
+    model = PresetNequIPGNNModel(**shape, per_type_energy_scales=1.0, per_type_energy_shifts=0.0).eval()
+    transforms = basic_transforms(model.metadata, 6.0, symbols, {s: s for s in symbols})
+    what = f"nequip {version('nequip')}, preset L, not compiled, random weights"
+    return NequIPCalculator(model, device=device, transforms=transforms), what
+
+
+def orb(device, weights):
+    from orb_models.forcefield import pretrained
+    from orb_models.forcefield.inference.calculator import ORBCalculator
+
+    model, adapter = pretrained.orb_v3_conservative_inf_mpa(device=device, precision="float32-highest")  # fetches weights
+    return ORBCalculator(model, adapter, device=device), f"orb-models {version('orb-models')}, orb-v3-conservative-inf-mpa"
+
+
+PEERS = {"nequix-torch": peer(nequix_torch), "nequix-jax": peer(nequix_jax), "mace": peer(mace)}
+PEERS |= {"sevennet-0": sevennet("7net-0"), "sevennet-l3i5": sevennet("7net-l3i5"), "chgnet": peer(chgnet)}
+PEERS |= {"mattersim": peer(mattersim), "nequip": peer(nequip), "orb": peer(orb)}
+
 
 def infer(a, device):
     sizes = a.sizes or ([8, 64, 216, 1000, 8000, 64000] if device.type == "cuda" else [8, 64, 216])
@@ -390,8 +481,8 @@ def parts_of_a_step(packed, piece, model, counts, update):
         second = lambda: energy_forces_stress(model, batch, create_graph=True)
     third = lambda: loss_and_gradient(model, batch, weights, scale)
 
-    def milliseconds(run):
-        if device.type == "cuda" and fused and len(batch.senders) <= Replay.MOST and run is not list_edges:
+    def milliseconds(run, graph=False):
+        if graph and device.type == "cuda" and fused and len(batch.senders) <= Replay.MOST:
             run = kernels.capture(run, device)[0].replay
         times = []
         for _ in range(12):
@@ -400,9 +491,8 @@ def parts_of_a_step(packed, piece, model, counts, update):
             times.append(1000 * (clock(device) - start))
         return statistics.median(times[2:])
 
-    list_edges = lambda: packed.batch(piece)
-    a, b, c = (milliseconds(f) for f in (first, second, third))
-    parts = dict(data_and_list_ms=milliseconds(list_edges), forward_ms=a, force_backward_ms=b - a, loss_backward_ms=c - b)
+    a, b, c = (milliseconds(f, graph=True) for f in (first, second, third))
+    parts = dict(data_and_list_ms=milliseconds(lambda: packed.batch(piece)), forward_ms=a, force_backward_ms=b - a, loss_backward_ms=c - b)
     return parts | dict(optimizer_ms=milliseconds(update))
 
 
@@ -426,7 +516,6 @@ def busy_share(run, device):
 OFFICIAL = dict(hidden_irreps="128x0e + 64x1o + 32x2e + 32x3o", lmax=3, cutoff=6.0, n_layers=4, radial_basis_size=8)
 OFFICIAL |= dict(radial_mlp_size=64, radial_mlp_layers=2, radial_polynomial_p=6.0, mlp_init_scale=4.0, index_weights=False)
 OFFICIAL |= dict(layer_norm=True, shift=0.16502578765761478, scale=0.8066479563713074, avg_n_neighbors=57.413687022442645)
-LOGGERS = "wandb wandb_osh wandb_osh.hooks yaml cloudpickle matscipy matscipy.neighbours torch_geometric torch_geometric.loader"
 
 
 def official_batch(packed, size):
@@ -458,7 +547,6 @@ def official_rates(step, wait, steps, size, arrays):
 
 def official_torch(device, path, tf32, split):
     os.environ["JAX_PLATFORMS"] = "cpu"  # the package imports jax: off the GPU
-    stand_in(*LOGGERS.split())
     from nequix.torch_impl.model import NequixTorch
     from nequix.torch_impl.muon import SingleDeviceMuonWithAuxAdam, get_muon_param_groups
     from nequix.torch_impl.train import loss
@@ -499,7 +587,6 @@ def official_torch(device, path, tf32, split):
 
 def official_jax(device, path, tf32, split):
     os.environ |= dict(JAX_PLATFORMS=device.type, OEQ_NOTORCH="1")
-    stand_in(*LOGGERS.split())
     import equinox
     import jax
     import jraph
@@ -624,7 +711,6 @@ def relaxations(a, device):
 
 def torch_sim_relaxed(structures, calc, fmax, max_steps):
     """Energies, eV, by torch-sim's FIRE on its Frechet cell with batches in flight, as large as those of relax; and seconds."""
-    stand_in("tables", "h5py")  # of trajectories
     import torch_sim
     from torch_sim.autobatching import InFlightAutoBatcher
     from torch_sim.models.interface import ModelInterface

@@ -80,11 +80,26 @@ class Muon(torch.optim.Optimizer):
 
             def run(flat):
                 padded = torch.cat([flat, flat.new_zeros(1)])
-                stacks = [orthogonalize(padded[g], steps) * s for g, s in zip(gathers, scales)]
+                one = lambda gather, scale: orthogonalize(padded[gather], steps) * scale
+                stacks = side_by_side(one, list(zip(gathers, scales)), flat.is_cuda)
                 return torch.cat([x.flatten() for x in stacks])[scatter]
 
             self.run = replayed(run, flat) if flat.is_cuda else run
         return self.run(flat)
+
+
+def side_by_side(function, arguments, cuda):
+    """[function(*a) for a in arguments], on CUDA each on a stream of its own: none of the stacks fills the GPU."""
+    if not cuda:
+        return [function(*a) for a in arguments]
+    main, sides, out = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in arguments], []
+    for a, side in zip(arguments, sides):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            out.append(function(*a))
+    for side in sides:
+        main.wait_stream(side)
+    return out
 
 
 def replayed(function, example):
