@@ -558,6 +558,29 @@ def test_cuda_graph_of_the_calculator(tmp_path):
 
 
 @needs_cuda
+def test_forces_and_stress_by_finite_differences():
+    """Of float32 energies, along random displacements and strains."""
+    model, atoms, rng, h = random_model(), bulk("NaCl", "rocksalt", 5.6) * (2, 2, 1), np.random.default_rng(0), 0.003
+    model.conv = "fused"
+    atoms.rattle(0.1, rng=rng)
+    values = lambda a: energy_forces_stress(model, to(batch_of([a], 6.0), CUDA))
+    _, forces, stress = (x.cpu().numpy() for x in values(atoms))
+    for _ in range(4):
+        u, strain, energies, strained = rng.normal(size=forces.shape), rng.normal(size=(3, 3)), [], []
+        strain = (strain + strain.T) / 4
+        for sign in (1, -1):
+            moved, deformed = atoms.copy(), atoms.copy()
+            moved.positions += sign * h * u
+            deformed.set_cell(atoms.cell.array @ (np.eye(3) + sign * h * strain), scale_atoms=True)
+            energies.append(values(moved)[0].item())
+            strained.append(values(deformed)[0].item())
+        slopes = (energies[0] - energies[1]) / (2 * h), (strained[0] - strained[1]) / (2 * h)
+        expected = -(forces * u).sum(), atoms.get_volume() * (stress[0] * strain).sum()
+        print("dE/dr", slopes[0], expected[0], "dE/dstrain", slopes[1], expected[1])
+        assert slopes == pytest.approx(expected, rel=3e-3, abs=3e-5)
+
+
+@needs_cuda
 def test_the_hessian_is_symmetric():
     """Central differences of forces, float32: |J - J^T| / |J + J^T|, which kernels with a wrong l = 3 would show."""
     model, atoms, h = random_model(), bulk("NaCl", "rocksalt", 5.6) * (2, 2, 1), 0.02
