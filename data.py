@@ -695,7 +695,7 @@ def download(url, path):
             if getattr(e, "code", None) == 416 and have:  # nothing is left to fetch
                 os.replace(part, path)
                 return
-            raise OSError(f"cannot fetch {url} ({e}): fetch it elsewhere and pass it with --zip") from None
+            raise OSError(f"cannot fetch {url} ({e}): fetch it elsewhere, as {path}") from None
         except (TimeoutError, ConnectionError):
             continue  # go on from where it broke off
     raise OSError(f"{url} broke off 20 times; the same command goes on from {part}")

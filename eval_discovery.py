@@ -63,10 +63,7 @@ def official(option):
     path = Path("data/wbm") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        try:
-            data.download(f"https://ndownloader.figshare.com/files/{number}", path)
-        except OSError as e:
-            raise OSError(str(e).replace("--zip", f"--{option}")) from None  # data.py's own option
+        data.download(f"https://ndownloader.figshare.com/files/{number}", path)
     if data.digest(path, "md5") != md5:
         raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
     return str(path)

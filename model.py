@@ -33,6 +33,10 @@ from kernels import SILU_NORM
 # ----------------------------------------------------------------------------------------------------------------------
 # Edge embedding
 
+# MKL chooses the code of a function when it is first called. If several threads do that at once, one of them may get code for
+# half the digits (github.com/pytorch/pytorch/issues/188792): so one does it here.
+torch.ones(1, dtype=torch.float64).sin()
+
 
 def radial_basis(r, cutoff, n_basis, p):
     """Bessel functions times the polynomial cutoff (Gasteiger et al. 2020, eqs. 7 and 8), both zero from the cutoff on.
