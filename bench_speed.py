@@ -123,11 +123,12 @@ class Remote:
         timer = threading.Timer(self.limit, self.process.kill)
         timer.start()
         line = self.process.stdout.readline()
+        late = not timer.is_alive()
         timer.cancel()
         if line:
             return json.loads(line)
         status = self.process.wait()
-        return dict(error=f"not done in {self.limit} s" if status == -9 else f"ended with status {status}: see the log")
+        return dict(error=f"not done in {self.limit:g} s" if late else f"ended with status {status}: see the log")
 
     def ask(self, **job):
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -635,7 +636,9 @@ def training(a, device):
     jobs = [dict(steps=a.steps, batch=batch) for batch in a.batches]
     options = dict(path=a.data, tf32=a.tf32, split=a.split)
     if "WORLD_SIZE" in os.environ:  # torchrun: these processes are the ranks of ours
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"]))) if device.type == "cuda" else None
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rows = []
         for name in a.models or ["fused"]:
