@@ -1,0 +1,345 @@
+"""eval_phonon.py against phonopy's command line, naive sums, published scores, forces one by one; killed and not; bad input.
+
+The conductivity of MgO too, some ten minutes: KAPPA=mp-1265 python -m pytest -s test_eval_phonon.py -k published
+"""
+
+import bz2
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+import eval_phonon
+from calc import NequixCalculator
+from eval_phonon import QUANTITIES, main, mode_kappas, read_kappas, score_row
+from model import save
+from test_calc import MP1
+from test_data import HERE
+from test_model import SHARED, needs_shared, small_model
+
+KAPPAS, STRUCTURES = SHARED / "data/kappas_phononDB_PBE_noNAC.json.gz", SHARED / "data/phononDB-PBE-structures.extxyz"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small model; three crystals of which phonopy says what forces they have, in yaml; one with only its C_V."""
+    phonopy = pytest.importorskip("phonopy")
+    pytest.importorskip("spglib")
+    folder = tmp_path_factory.mktemp("phonon")
+    save(folder / "model.pt", small_model())
+    (folder / "mdr").mkdir()
+    rng = np.random.default_rng(0)
+    for k, atoms in enumerate([bulk("Si"), bulk("NaCl", "rocksalt", 5.6), bulk("Pt")]):
+        cell = phonopy.structure.atoms.PhonopyAtoms(atoms.symbols, cell=atoms.cell.array, positions=atoms.positions)
+        ph = phonopy.Phonopy(cell, np.eye(3, dtype=int) * 2, primitive_matrix="auto")
+        ph.generate_displacements(distance=0.01)
+        n, spring = len(ph.supercell), np.diag(np.full(3, 4.0))  # of every atom to its place: the drift is subtracted
+        forces = [np.zeros((n, 3)) for _ in ph.displacements]
+        for f, (atom, *u) in zip(forces, ph.displacements):
+            f[int(atom)] = -spring @ u + rng.normal(size=3) * 1e-4
+            f -= f.mean(0)
+        ph.forces = forces
+        ph.save(folder / f"mdr/mp-{k}.yaml", settings=dict(force_sets=True, displacements=True))
+    text = (folder / "mdr/mp-2.yaml").read_bytes()
+    (folder / "mdr/mp-2.yaml.bz2").write_bytes(bz2.compress(text))
+    (folder / "mdr/mp-2.yaml").unlink()
+    sites = [dict(species=[dict(element="Si")], xyz=x) for x in bulk("Si").positions.tolist()]
+    entry = dict(mp_id="mp-9", structure=dict(lattice=dict(matrix=bulk("Si").cell.tolist()), sites=sites), heat_capacity=40.0)
+    (folder / "cv.json.gz").write_bytes(gzip.compress(json.dumps([entry]).encode()))
+    return folder
+
+
+def command(files, *more, fixed=("--device", "cpu", "--dtype", "float64", "--workers", 1)):
+    return [str(x) for x in (*more, "--weights", files / "model.pt", *fixed)]
+
+
+def table(path):
+    with open(path) as f:
+        return {r["material_id"]: r for r in csv.DictReader(f)}
+
+
+def error_of(capsys, arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main([str(x) for x in arguments])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 1 and said[-1].startswith("error: ") and len(said) == 1, said
+    return said[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+@needs_shared
+def test_the_reference_scores_0_against_itself(tmp_path, capsys):
+    main(["kappa", "--reference", str(KAPPAS), "--score", str(KAPPAS), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "103 of 103 materials, 0 without kappa: mean SRE 0.0000, SRME 0.0000" in said and "--srme 0.0000" in said
+    assert {r["SRME"] for r in table(tmp_path / "kappa.csv").values()} == {"0.0"}
+
+
+def rows(rng, q=4, s=3):
+    """Two rows: one of each form that the tables come in."""
+    modes, weights = rng.random((2, 1, q, s, 6)), rng.integers(1, 9, q)
+    tensors = modes.sum((2, 3)) / weights.sum()
+    a = dict(kappa_tot_rta=tensors[0].tolist(), mode_kappa_tot_rta=modes[0].tolist(), mode_weights=weights.tolist())
+    b = dict(kappa_TOT_ave=tensors[1][:, :3].mean(-1).tolist(), mode_kappa_TOT_ave=modes[1][..., :3].mean(-1).tolist())
+    return a, b | dict(weights=weights.tolist())
+
+
+def test_scores_by_a_naive_loop_and_failures_count_2(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    a, b = rows(rng)
+    k, true = np.mean(a["kappa_tot_rta"][0][:3]), b["kappa_TOT_ave"][0]
+    total = 0
+    for q in range(4):
+        for s in range(3):
+            total += abs(np.mean(a["mode_kappa_tot_rta"][0][q][s][:3]) - b["mode_kappa_TOT_ave"][0][q][s])
+    srme, sre = 2 * total / sum(b["weights"]) / (k + true), 2 * abs(k - true) / (k + true)
+    form = lambda ids, rows: {c: {str(i): r.get(c) for i, r in enumerate(rows)} for c in rows[0]} | {
+        "mp_id": {str(i): x for i, x in enumerate(ids)}}
+    predicted = [a, a | dict(kappa_tot_rta=None), a | dict(mode_kappa_tot_rta=[[[[1] * 6]]])]
+    (tmp_path / "a.json").write_text(json.dumps(form(["x", "y", "z"], predicted)))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(form(["x", "y", "z", "w"], [b] * 4)).encode()))
+    main(["kappa", "--reference", str(tmp_path / "b.json.gz"), "--score", str(tmp_path / "a.json"), "--out", str(tmp_path)])
+    got = table(tmp_path / "kappa.csv")
+    assert [float(got["x"][c]) for c in ("SRE", "SRME")] == pytest.approx([sre, srme], abs=1e-12)
+    assert [got[k]["error"] for k in "yw"] == ["no conductivity", "not among the predictions"]
+    assert [got[k]["SRME"] for k in "yzw"] == ["2.0"] * 3
+    assert "modes (1, 1)" in got["z"]["error"]
+    assert f"SRME {(srme + 6) / 4:.4f}" in capsys.readouterr().out
+    truth = read_kappas(tmp_path / "b.json.gz")["x"]
+    for failed in (dict(has_imag_ph_modes=True), dict(broken_symmetry=True), dict(errors=["no"])):
+        assert score_row(a | failed, truth)[1:3] == (2, 2) and score_row(a | failed, truth)[3]
+
+
+def test_coherences_are_shared_by_heat_capacity():
+    rng = np.random.default_rng(0)
+    p, c, h = rng.random((1, 2, 3, 6)), rng.random((1, 2, 3, 3, 6)), rng.random((1, 2, 3))
+    h[0, 0, :2] = 0  # acoustic modes at Gamma
+    expected = p.copy()
+    for q in range(2):
+        for s in range(3):
+            for t in range(3):
+                if h[0, q, s] + h[0, q, t]:
+                    expected[0, q, t] += 2 * c[0, q, s, t] * h[0, q, s] / (h[0, q, s] + h[0, q, t])
+    np.testing.assert_allclose(mode_kappas(p, c, h), expected)
+
+
+def test_imaginary_modes():
+    f = np.ones((3, 6))
+    f[0, :3] = -0.009
+    assert not eval_phonon.has_imaginary(f)
+    for place, value in (((0, 0), -0.011), ((0, 3), -1e-6), ((1, 0), -1e-6)):
+        g = f.copy()
+        g[place] = value
+        assert eval_phonon.has_imaginary(g)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Harmonic phonons
+
+
+@pytest.mark.parametrize("which", [0, *(pytest.param(k, marks=needs_shared) for k in ("mp-241", "mp-4790"))])
+def test_reference_quantities_equal_phonopys_command_line(files, tmp_path, which):
+    """mp-241: cubic; mp-4790: a supercell that is not."""
+    path = files / "mdr/mp-0.yaml" if which == 0 else SHARED / f"data/phonondb_pbesol/{which}.yaml.bz2"
+    got = eval_phonon.quantities(eval_phonon.phonons(eval_phonon.read_mdr(path)))
+    code = "from phonopy.scripts.phonopy_load import run; run()"
+    options = "--mesh 100 -t --tmin 300 --tmax 300 --nonac --fc-calc traditional --cutoff-freq 1e-4"
+    subprocess.run([sys.executable, "-c", code, path, *options.split()], cwd=tmp_path, check=True, capture_output=True)
+    yaml = pytest.importorskip("yaml")
+    (t,) = yaml.safe_load((tmp_path / "thermal_properties.yaml").read_text())["thermal_properties"]
+    expected = [t[k] for k in ("entropy", "free_energy", "heat_capacity")]
+    assert [got[q] for q in QUANTITIES[1:]] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def whole(files):
+    """The folder of an uninterrupted run."""
+    main(command(files, "mdr", files / "mdr", files / "cv.json.gz", "--out", files / "whole"))
+    return files / "whole"
+
+
+def test_forces_are_those_of_ase_one_by_one(files, whole):
+    got = table(whole / "mdr.csv")
+    assert [*got] == ["mp-0", "mp-1", "mp-2", "mp-9"] and not any(r["error"] for r in got.values())
+    assert float(got["mp-9"]["C_V (J/K/mol), dft"]) == 40 and got["mp-9"]["S (J/K/mol), dft"] == ""
+    x = np.load(whole / "forces/mp-1.npz")
+    m = eval_phonon.read_mdr(files / "mdr/mp-1.yaml")
+    atoms = Atoms(x["numbers"], x["positions"], cell=x["cell"], pbc=True)
+    calc = NequixCalculator(files / "model.pt", "cpu", "float64")
+    cells = eval_phonon.displaced(m, atoms, 0.01).supercells_with_displacements
+    assert len(cells) == len(x["fc2_forces"])
+    for cell, forces in zip(cells, x["fc2_forces"]):
+        alone = Atoms(cell.numbers, cell.positions, cell=cell.cell, pbc=True, calculator=calc)
+        np.testing.assert_allclose(alone.get_forces(), forces, atol=1e-9)
+
+
+def test_hessian_gives_the_same_phonons(files, whole, capsys):
+    main(command(files, "mdr", files / "mdr/mp-1.yaml", "--out", files / "hessian", "--hessian", "--plot"))
+    (a,), b = table(files / "hessian/mdr.csv").values(), table(whole / "mdr.csv")["mp-1"]
+    for q in QUANTITIES:
+        assert float(a[f"{q}, model"]) == pytest.approx(float(b[f"{q}, model"]), rel=5e-3)
+        assert a[f"{q}, dft"] == b[f"{q}, dft"]
+    assert all((files / f"hessian/{name}.png").stat().st_size > 10_000 for name in ("mdr", "bands"))
+    assert "reference: PBE\n" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, eval_phonon
+replace, done = os.replace, []
+def once_more(a, b):
+    if str(b).endswith("{kind}"):
+        if len(done) == {n}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(b)
+    replace(a, b)
+os.replace = once_more
+eval_phonon.main({arguments})
+"""
+
+
+def test_killed_anywhere_it_ends_the_same(files, whole, tmp_path):
+    arguments = command(files, "mdr", files / "mdr", files / "cv.json.gz", "--out", tmp_path)
+    for kind, n in (("npz", 2), (".json.gz", 1)):
+        code = KILLED.format(kind=kind, n=n, arguments=arguments)
+        p = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        assert p.returncode == -signal.SIGKILL, p.stderr
+        assert len([*tmp_path.glob(f"*/*{kind}")]) == n
+    kept = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/mp*") if f.suffix != ".tmp"}
+    main([*arguments[:-1], "2"])  # in two processes
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items()) and len(kept) == 5
+    a, b = table(tmp_path / "mdr.csv"), table(whole / "mdr.csv")
+    for k in b:
+        for q in QUANTITIES:
+            assert float(a[k][f"{q}, model"]) == pytest.approx(float(b[k][f"{q}, model"]), rel=1e-6)
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(files, tmp_path, capsys):
+    text = (files / "mdr/mp-0.yaml").read_text()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/good.yaml").write_text(text)
+    (tmp_path / "in/cut.yaml").write_text(text[:400])
+    (tmp_path / "in/iron.yaml").write_text(text.replace("Si", "Fe"))
+    (tmp_path / "in/odd.yaml").write_text(text.replace("supercell_matrix:", "supercell_matrix:\n- [1, 1, 1]\nnone:"))
+    for _ in range(2):  # a rerun has nothing to do
+        main(command(files, "mdr", tmp_path / "in", "--out", tmp_path / "out"))
+        said = capsys.readouterr().out
+        assert "1 of 4 materials scored" in said and "left out, 1: elements that the model lacks: Fe" in said
+    got = table(tmp_path / "out/mdr.csv")
+    assert "damaged" in got["cut"]["error"] and got["odd"]["error"] and not got["good"]["error"]
+    main(command(files, "mdr", files / "mdr/mp-1.yaml", "--out", tmp_path / "far", "--fmax", 1e-9, "--steps", 1))
+    (r,) = table(tmp_path / "far/mdr.csv").values()
+    assert r["error"] == "not relaxed to 0.005 eV/A in 15 steps"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Thermal conductivity
+
+
+def structures(path, q=5):
+    """Rock salt, and an element that the small model lacks, with supercells and meshes that take no time."""
+    for atoms, name in ((bulk("NaCl", "rocksalt", 5.6), "NaCl"), (bulk("FeO", "rocksalt", 4.3), "FeO")):
+        two, mesh = [[2, 0, 0], [0, 2, 0], [0, 0, 2]], [q] * 3
+        atoms.info = dict(mp_id=name, name=name, fc2_supercell=two, fc3_supercell=np.eye(3, dtype=int).tolist(), q_mesh=mesh)
+        ase.io.write(path, atoms, format="extxyz", append=True)
+    return path
+
+
+def test_conductivity_end_to_end(files, tmp_path, capsys):
+    """In two stages; between them forces of springs take the place of the small model's, which would be unstable."""
+    pytest.importorskip("phono3py")
+    given, out, reference = structures(tmp_path / "s.extxyz"), tmp_path / "out", tmp_path / "r.json"
+    truth = {c: {"0": v, "1": v} for c, v in rows(np.random.default_rng(0))[1].items()}
+    reference.write_text(json.dumps(truth | {"mp_id": {"0": "NaCl", "1": "FeO"}}))
+    fixed = "kappa", "--structures", given, "--reference", reference, "--out", out
+    main(command(files, *fixed, "--stage", "forces"))
+    x = dict(np.load(out / "forces/NaCl.npz"))
+    assert x["fc2_forces"].shape[1:] == (16, 3) and x["fc3_forces"].shape[1:] == (2, 3)
+    relaxed = Atoms(x["numbers"], x["positions"], cell=x["cell"], pbc=True)
+    ph = eval_phonon.displaced(eval_phonon.read_kappa(given)["NaCl"], relaxed, 0.03)
+    second, third = ph.phonon_supercells_with_displacements, ph.supercells_with_displacements
+    for name, cells, perfect in (("fc2_forces", second, ph.phonon_supercell), ("fc3_forces", third, ph.supercell)):
+        u = np.array([c.positions for c in cells]) - perfect.positions
+        stretch = u[:, :, None] - u[:, None]
+        sign = np.sign(perfect.numbers[:, None, None] - perfect.numbers[None, :, None])  # Na pulls harder than it is pushed
+        x[name] = -(stretch - 0.5 * stretch**2 * sign).sum(2) / 4
+    eval_phonon.save(out / "forces/NaCl.npz", lambda f: np.savez_compressed(f, **x))
+    main(command(files, *fixed, "--stage", "transport"))
+    got = table(out / "kappa.csv")
+    assert "lacks: Fe" in got["FeO"]["error"] and got["FeO"]["SRME"] == "2.0"
+    row = read_kappas(out / "conductivity.json.gz")["NaCl"]
+    assert row["spg_num"] == row["relaxed_space_group_number"] == 225 and not row["has_imag_ph_modes"] and not row["errors"]
+    weights, tensor = row["mode_weights"], np.array(row["kappa_tot_rta"])[0]
+    assert np.sum(weights) == 125 and tensor[0] > 0
+    np.testing.assert_allclose(np.array(row["mode_kappa_tot_rta"])[0].sum((0, 1)) / np.sum(weights), tensor, atol=1e-9)
+    fixed = "kappa", "--structures", given, "--reference", out / "conductivity.json.gz", "--out", out, "--only", "NaCl"
+    main(command(files, *fixed, "--plot"))  # against itself
+    assert table(out / "kappa.csv")["NaCl"]["SRME"] == "0.0" and (out / "kappa.png").stat().st_size > 10_000
+
+
+@needs_shared
+@pytest.mark.skipif("KAPPA" not in os.environ, reason="a quarter of an hour a material: KAPPA='mp-1265 ...'")
+def test_published_conductivities(tmp_path):
+    """nequix-mp-1 as on the leaderboard: SRME to 0.03."""
+    pytest.importorskip("phono3py")
+    ids = os.environ["KAPPA"].split()
+    fixed = "--weights", MP1, "--structures", STRUCTURES, "--reference", KAPPAS, "--out", tmp_path
+    main([*map(str, ("kappa", *fixed)), "--only", *ids])
+    published = json.loads((SHARED / "reference/nequix-mp-1-kappa.json").read_text())["materials"]
+    for m in published:
+        if m["mp_id"] in ids:
+            ours = table(tmp_path / "kappa.csv")[m["mp_id"]]
+            print(f"{ours}; published: {m}")
+            assert float(ours["SRME"]) == pytest.approx(m["srme"], abs=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
+    mdr = lambda *more: error_of(capsys, command(files, "mdr", *more))
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[" * 99)[:40])
+    (tmp_path / "list.json").write_text("[1]")
+    assert "no file" in mdr(tmp_path / "none.yaml") and "no file" in mdr(tmp_path)
+    assert "is damaged" in mdr(tmp_path / "cut.json.gz") and "must be positive" in mdr(files / "mdr", "--n", 0)
+    assert "holds a run with fmax 0.0025, not 0.1" in mdr(files / "mdr", "--out", whole, "--fmax", 0.1)
+    assert "settings.json" in mdr(files / "mdr", "--out", tmp_path / "new", "--stage", "transport")
+    assert "no table of conductivities" in error_of(capsys, ["kappa", "--reference", tmp_path / "list.json"])
+    monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: "4.2.0")
+    with pytest.raises(ImportError, match="phono3py 4.2.0: .*pip install"):
+        eval_phonon.need("phono3py")
+
+    def missing(name):
+        raise eval_phonon.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(eval_phonon.metadata, "version", missing)
+    assert "this needs phonopy: pip install" in mdr(files / "mdr")
+
+
+def test_official_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url)
+        path.write_text('<a href="mp-1.yaml.bz2">x</a> <a href="../other.tar">y</a>')
+
+    monkeypatch.setattr(eval_phonon.data, "download", download)
+    for _ in range(2):
+        assert str(eval_phonon.official("mdr")) == "data/phonon/mdr"
+        with pytest.raises(ValueError, match="wrong md5 .*delete it"):
+            eval_phonon.official("reference")
+    assert fetched == [eval_phonon.MDR, f"{eval_phonon.MDR}mp-1.yaml.bz2", "https://ndownloader.figshare.com/files/59988539"]
