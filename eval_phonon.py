@@ -78,21 +78,18 @@ def official(option):
     folder.mkdir(parents=True, exist_ok=True)
     number, name, md5 = KAPPA.get(option, (None, "index.html", None))
     path = folder / name
-    try:
-        if not path.exists():
-            data.download(f"https://ndownloader.figshare.com/files/{number}" if number else MDR, path)
-        if number:
-            if data.digest(path, "md5") != md5:
-                raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
-            return path
-        names = sorted(set(re.findall(r'href="([\w.-]+\.yaml\.bz2)"', path.read_text())))
-        if not names:
-            raise ValueError(f"{path}, from {MDR}, lists no .yaml.bz2: delete it and try again")
-        for name in tqdm([n for n in names if not (folder / n).exists()], "fetching", unit="file", disable=None):
-            data.download(MDR + name, folder / name)
-        return folder
-    except OSError as e:
-        raise OSError(str(e).replace("--zip", f"--{option}" if number else "FILE")) from None  # data.py's own option
+    if not path.exists():
+        data.download(f"https://ndownloader.figshare.com/files/{number}" if number else MDR, path)
+    if number:
+        if data.digest(path, "md5") != md5:
+            raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
+        return path
+    names = sorted(set(re.findall(r'href="([\w.-]+\.yaml\.bz2)"', path.read_text())))
+    if not names:
+        raise ValueError(f"{path}, from {MDR}, lists no .yaml.bz2: delete it and try again")
+    for name in tqdm([n for n in names if not (folder / n).exists()], "fetching", unit="file", disable=None):
+        data.download(MDR + name, folder / name)
+    return folder
 
 
 def save(path, write):
