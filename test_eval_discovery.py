@@ -90,7 +90,7 @@ def whole(files):
     return files / "whole"
 
 
-def error_of(capsys, arguments):
+def error_of(capsys, main, arguments):
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
         main([str(x) for x in arguments])
@@ -311,7 +311,7 @@ def test_rmsd(files, tmp_path, capsys):
 
 
 def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
-    on = lambda *more: error_of(capsys, command(files, tmp_path / "run", *more))
+    on = lambda *more: error_of(capsys, main, command(files, tmp_path / "run", *more))
     damaged = bytearray((files / "many.zip").read_bytes())
     damaged[200:240] = b"x" * 40
     (tmp_path / "damaged.zip").write_bytes(damaged)
@@ -332,10 +332,10 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
         assert f"{name} is damaged" in on("--summary", tmp_path / name)
     assert "none.csv" in on("--summary", tmp_path / "none.csv")
     assert "I from 1 to N" in on("--shard", "0/3") and "must be positive" in on("--n", 0)
-    assert "holds a run with weights" in error_of(capsys, command(files, whole, "--fmax", 0.05))
+    assert "holds a run with weights" in error_of(capsys, main, command(files, whole, "--fmax", 0.05))
     for column, ids, words in (("x", "wbm-1-1", "no column e_form"), ("e_form_per_atom_x", "mp-1", "ids do not match")):
         scored = write_csv(tmp_path / "p.csv", ["material_id", column], [[ids, 0]])
-        assert words in error_of(capsys, ["--summary", files / "summary.csv", "--score", scored])
+        assert words in error_of(capsys, main, ["--summary", files / "summary.csv", "--score", scored])
     monkeypatch.setattr(eval_discovery.importlib.util, "find_spec", lambda name: None)
     assert "pip install pymatgen" in on("--relaxed", files / "one.zip")
 

@@ -24,6 +24,7 @@ from eval_phonon import QUANTITIES, main, mode_kappas, read_kappas, score_row
 from model import save
 from test_calc import MP1
 from test_data import HERE
+from test_eval_discovery import error_of
 from test_model import SHARED, needs_shared, small_model
 
 KAPPAS, STRUCTURES = SHARED / "data/kappas_phononDB_PBE_noNAC.json.gz", SHARED / "data/phononDB-PBE-structures.extxyz"
@@ -65,15 +66,6 @@ def command(files, *more, fixed=("--device", "cpu", "--dtype", "float64", "--wor
 def table(path):
     with open(path) as f:
         return {r["material_id"]: r for r in csv.DictReader(f)}
-
-
-def error_of(capsys, arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        main([str(x) for x in arguments])
-    said = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 1 and said[-1].startswith("error: ") and len(said) == 1, said
-    return said[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,14 +302,14 @@ def test_published_conductivities(tmp_path):
 
 
 def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
-    mdr = lambda *more: error_of(capsys, command(files, "mdr", *more))
+    mdr = lambda *more: error_of(capsys, main, command(files, "mdr", *more))
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b"[" * 99)[:40])
     (tmp_path / "list.json").write_text("[1]")
     assert "no file" in mdr(tmp_path / "none.yaml") and "no file" in mdr(tmp_path)
     assert "is damaged" in mdr(tmp_path / "cut.json.gz") and "must be positive" in mdr(files / "mdr", "--n", 0)
     assert "holds a run with fmax 0.0025, not 0.1" in mdr(files / "mdr", "--out", whole, "--fmax", 0.1)
     assert "settings.json" in mdr(files / "mdr", "--out", tmp_path / "new", "--stage", "transport")
-    assert "no table of conductivities" in error_of(capsys, ["kappa", "--reference", tmp_path / "list.json"])
+    assert "no table of conductivities" in error_of(capsys, main, ["kappa", "--reference", tmp_path / "list.json"])
     monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: "4.2.0")
     with pytest.raises(ImportError, match="phono3py 4.2.0: .*pip install"):
         eval_phonon.need("phono3py")
