@@ -143,6 +143,8 @@ class Remote:
 def race(kind, jobs, models, options, a):
     """The jobs (dicts) in order, each asked of one model after another; a model that fails gets no larger job of that kind
     (jobs alike but for their last item). Prints and returns rows, and what the models are."""
+    if not all("=" in p for p in a.python):
+        raise ValueError("--python takes MODEL=INTERPRETER")
     pythons = dict(p.split("=", 1) for p in a.python)
     with open(a.out / "log.txt", "w") as log:
         remotes = [Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models]
@@ -164,6 +166,8 @@ def race(kind, jobs, models, options, a):
             lines.append("stopped before the end")
         for r in remotes:
             r.close()
+    if not rows:
+        raise ValueError(f"no model could be timed; {a.out / 'log.txt'} may say more")
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     with open(a.out / f"{kind}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, columns, restval="")
@@ -211,7 +215,8 @@ def ase_steps(calc, device):
                 atoms.get_stress()
                 seconds.append(clock(device) - start)
         finally:
-            calc.listed = calc.replay = None  # of ours
+            if isinstance(calc, NequixCalculator):
+                calc.listed = calc.replay = None  # their memory is the next one's
         return dict(atoms=len(atoms), **spread(seconds[WARM_UP:]), first_s=seconds[0])
 
     return case
@@ -629,7 +634,6 @@ def official_jax(device, path, tf32, split):
         return official_rates(step, lambda: jax.block_until_ready(state), steps, batch, x)
 
     return case, f"nequix {version('nequix')}, JAX {jax.__version__}, {'OpenEquivariance' if kernel else 'no kernel'}, {'TF32' if tf32 else 'float32'}"
-
 
 
 def training(a, device):

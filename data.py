@@ -701,6 +701,26 @@ def download(url, path):
     raise OSError(f"{url} broke off 20 times; the same command goes on from {part}")
 
 
+def fetch_figshare(number, path, md5):
+    """Path of a file of figshare, downloaded if it is not there, and checked. Raises OSError or ValueError with a one-line reason."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        download(f"https://ndownloader.figshare.com/files/{number}", path)
+    if digest(path, "md5") != md5:
+        raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
+    return path
+
+
+def from_pymatgen(structure):
+    """Atoms of a structure in the JSON form of pymatgen. Raises KeyError, TypeError or IndexError for another form."""
+    from ase import Atoms
+
+    sites = structure["sites"]
+    symbols, positions = [s["species"][0]["element"] for s in sites], [s["xyz"] for s in sites]
+    return Atoms(symbols, positions, cell=structure["lattice"]["matrix"], pbc=True)
+
+
 def fetch_mptrj(zip_path, out, split, workers=None):
     """Pack MPtrj from one of its zips; downloaded, if none is given."""
     if zip_path is None:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import csv
 import gzip
-import hashlib
 import importlib.util
 import io
 import json
@@ -60,13 +59,7 @@ DAMAGE = ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile
 def official(option):
     """The path of an official file, fetched if it is not there. Raises OSError or ValueError with a one-line reason."""
     number, name, md5 = WBM[option]
-    path = Path("data/wbm") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        data.download(f"https://ndownloader.figshare.com/files/{number}", path)
-    if data.digest(path, "md5") != md5:
-        raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
-    return str(path)
+    return str(data.fetch_figshare(number, f"data/wbm/{name}", md5))
 
 
 def read_csv(path, *required):
@@ -106,10 +99,9 @@ def read_structures(path, wanted):
         if name.endswith(".json.gz"):
             try:
                 for entry in json.loads(gzip.decompress(frame)):
-                    sites, cell = entry["structure"]["sites"], entry["structure"]["lattice"]["matrix"]
                     if entry["material_id"] in wanted:
-                        symbols, info = [s["species"][0]["element"] for s in sites], dict(energy=entry["energy"])
-                        atoms = Atoms(symbols, [s["xyz"] for s in sites], cell=cell, pbc=True, info=info)
+                        atoms = data.from_pymatgen(entry["structure"])
+                        atoms.info["energy"] = entry["energy"]
                         yield entry["material_id"], to_frame(atoms)
             except DAMAGE as e:
                 raise ValueError(f"{path} is damaged, or has another form ({type(e).__name__} {e})") from None
@@ -157,8 +149,7 @@ def read_parts(out):
 def relax(a, every, calc, rank, ranks, start):
     """Relax this rank's share of the materials `every`, those that are not done yet. start: of its clock, s."""
     done = set()
-    weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in [calc.model.e0, *calc.model.parameters()])
-    settings = f"weights {hashlib.sha256(weights).hexdigest()[:12]}, fmax {a.fmax:g}, steps {a.steps}, {a.dtype}"
+    settings = f"weights {calc.fingerprint()}, fmax {a.fmax:g}, steps {a.steps}, {a.dtype}"
     for record, _ in read_parts(a.out):
         if record["settings"] != settings:
             raise ValueError(f"{a.out} holds a run with {record['settings']}, not {settings}: choose another --out")

@@ -19,7 +19,6 @@ import argparse
 import concurrent.futures
 import csv
 import gzip
-import hashlib
 import io
 import json
 import math
@@ -74,16 +73,14 @@ def need(*packages):
 
 def official(option):
     """The path of an official file, fetched if it is not there; for "mdr" the folder. Raises OSError or ValueError."""
-    folder = Path("data/phonon/mdr" if option == "mdr" else "data/phonon")
+    if option != "mdr":
+        number, name, md5 = KAPPA[option]
+        return data.fetch_figshare(number, f"data/phonon/{name}", md5)
+    folder = Path("data/phonon/mdr")
     folder.mkdir(parents=True, exist_ok=True)
-    number, name, md5 = KAPPA.get(option, (None, "index.html", None))
-    path = folder / name
+    path = folder / "index.html"
     if not path.exists():
-        data.download(f"https://ndownloader.figshare.com/files/{number}" if number else MDR, path)
-    if number:
-        if data.digest(path, "md5") != md5:
-            raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
-        return path
+        data.download(MDR, path)
     names = sorted(set(re.findall(r'href="([\w.-]+\.yaml\.bz2)"', path.read_text())))
     if not names:
         raise ValueError(f"{path}, from {MDR}, lists no .yaml.bz2: delete it and try again")
@@ -137,9 +134,8 @@ def read_mdr(path, place=None):
     with C_V (J/K/mol), from a list of structures in the form of pymatgen. Raises ValueError."""
     if place is not None:
         entry = load_json(path)[place]
-        sites, cell = entry["structure"]["sites"], np.array(entry["structure"]["lattice"]["matrix"])
-        atoms = Atoms([s["species"][0]["element"] for s in sites], [s["xyz"] for s in sites], cell=cell, pbc=True)
-        supercell = np.diag(np.ceil(LENGTH / np.linalg.norm(cell, axis=1)).astype(int))
+        atoms = data.from_pymatgen(entry["structure"])
+        supercell = np.diag(np.ceil(LENGTH / atoms.cell.lengths()).astype(int))
         return dict(atoms=atoms, supercell=supercell, primitive="auto", heat_capacity=entry["heat_capacity"])
     from phonopy.interface.phonopy_yaml import PhonopyYaml
 
@@ -505,9 +501,7 @@ def settings(a, calc):
     found = load_json(path) if path.exists() or not calc else None
     now = dict(task=a.task) | {name: metadata.version(name) for name in ("phonopy", "phono3py")[: 1 + (a.task == "kappa")]}
     if calc:
-        weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in [calc.model.e0, *calc.model.parameters()])
-        now |= dict(weights=hashlib.sha256(weights).hexdigest()[:12])
-        now |= {k: getattr(a, k) for k in ("fmax", "steps", "displacement", "hessian", "dtype")}
+        now |= dict(weights=calc.fingerprint()) | {k: getattr(a, k) for k in ("fmax", "steps", "displacement", "hessian", "dtype")}
     if differ := [f"{k} {found.get(k)}, not {v}" for k, v in now.items() if found and found.get(k) != v]:
         raise ValueError(f"{a.out} holds a run with {'; '.join(differ)}: choose another --out")
     a.out.mkdir(parents=True, exist_ok=True)
