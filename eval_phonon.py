@@ -124,16 +124,15 @@ def find_mdr(files):
         if not inside or not all(p.is_file() for p in inside):
             raise FileNotFoundError(f"no file {file}, or a folder without .yaml")
         for p in inside:
-            entries = enumerate(load_json(p)) if ".json" in p.suffixes else ()
-            found |= {e["mp_id"]: (p, k) for k, e in entries} or {p.name.split(".")[0]: (p,)}
+            entries = load_json(p) if ".json" in p.suffixes else ()
+            found |= {e["mp_id"]: (p, e) for e in entries} or {p.name.split(".")[0]: (p,)}
     return dict(sorted(found.items()))
 
 
-def read_mdr(path, place=None):
+def read_mdr(path, entry=None):
     """A material: dict of atoms, supercell (3, 3), primitive (3, 3), and phonopy's dataset with DFT forces, from a yaml; or
-    with C_V (J/K/mol), from a list of structures in the form of pymatgen. Raises ValueError."""
-    if place is not None:
-        entry = load_json(path)[place]
+    with C_V (J/K/mol), from an entry of a list of structures in the form of pymatgen. Raises ValueError."""
+    if entry is not None:
         atoms = data.from_pymatgen(entry["structure"])
         supercell = np.diag(np.ceil(LENGTH / atoms.cell.lengths()).astype(int))
         return dict(atoms=atoms, supercell=supercell, primitive="auto", heat_capacity=entry["heat_capacity"])
