@@ -121,6 +121,7 @@ class Remote:
 
     def reply(self):
         timer = threading.Timer(self.limit, self.process.kill)
+        timer.daemon = True  # Ctrl-C does not wait for it
         timer.start()
         line = self.process.stdout.readline()
         late = not timer.is_alive()
@@ -439,12 +440,13 @@ def our_training(conv):
                     update()
                 marks.append(mark(device))
 
-            run(pieces[:WARM_UP])
+            largest = [max(pieces, key=lambda piece: n[piece].sum()) for n in (packed.n_atoms, packed.n_edges)]
+            run(pieces[:WARM_UP] + largest)  # no graph is captured after these
             marks.clear()
             start = clock(device)
             run(pieces[WARM_UP:])
             whole = (clock(device) - start) / steps
-            atoms, edges = (float(x) for x in ranks * np.mean(sizes[WARM_UP:], axis=0))
+            atoms, edges = (float(x) for x in ranks * np.mean(sizes[WARM_UP + 2 :], axis=0))
             result = spread(between(marks)) | dict(rate=batch / whole, atoms_per_s=atoms / whole, edges_per_s=edges / whole)
             if split:
                 result |= busy_share(lambda: run(pieces[:5]), device) | parts_of_a_step(packed, pieces[0], model, counts, update)
@@ -670,6 +672,7 @@ def training(a, device):
     text += [markdown(rows, lambda r: r["model"], lambda r: r["batch"], value)]
     (a.out / "train.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Relaxations, and the drift of the energy

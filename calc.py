@@ -240,14 +240,32 @@ def pack_symmetry(rotations, maps, device):
     return [torch.from_numpy(x).to(device) for x in out]
 
 
-PER_ATOM = "numbers positions velocity".split()
-PER_STRUCTURE = "pbc n_atoms cell0 cell log_f cell_velocity dt mix downhill step converged".split()
+STATE = "numbers positions velocity pbc n_atoms cell0 cell log_f cell_velocity dt mix downhill step converged".split()
+RESULT = "positions n_atoms cell step converged failed energy forces stress".split()
+PER_ATOM = "numbers positions velocity forces".split()  # (A, ...); all else is (S, ...)
 
 
-def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
-    """Take steps with the packed state `s`, until a twentieth of the structures are finished.
+def at_rest(records, device):
+    """The state of structures whose relaxation begins, as one dict of tensors."""
+    atoms = [r["atoms"] for r in records]
+    pack = lambda join, arrays: torch.from_numpy(join(list(arrays))).to(device)
+    s = dict(numbers=pack(np.concatenate, (a.numbers for a in atoms)), pbc=pack(np.stack, (a.pbc for a in atoms)))
+    s |= dict(positions=pack(np.concatenate, (a.positions for a in atoms)), cell=pack(np.stack, (r["cell"] for r in records)))
+    s["n_atoms"] = n = torch.tensor([len(a) for a in atoms], device=device)
+    tenth, zero = torch.full_like(n, 0.1, dtype=torch.float64), torch.zeros_like(s["cell"])
+    s |= dict(velocity=torch.zeros_like(s["positions"]), cell0=s["cell"], log_f=zero, cell_velocity=zero, dt=tenth, mix=tenth)
+    return s | dict(downhill=torch.zeros_like(n), step=torch.zeros_like(n), converged=torch.zeros_like(n, dtype=torch.bool))
 
-    Returns on the host: finished and failed (S,); energy (S,), forces (A, 3), stress (S, 3, 3) of the finished ones.
+
+def picked(s, which, names):
+    """What has these names in the state `s`, of those structures; which: (S,) bool."""
+    structures, atoms = (x.nonzero()[:, 0] for x in (which, which.repeat_interleave(s["n_atoms"])))
+    return {k: s[k][atoms if k in PER_ATOM else structures] for k in names}
+
+
+def until_some_finish(model, s, fmax, steps, mask, symmetry):
+    """Take steps with the state `s`, until a twentieth of the structures are finished. Yields in every step, while the GPU is
+    at work. Adds to the state: finished and failed (S,); energy (S,), forces (A, 3), stress (S, 3, 3) of the finished ones.
     """
     cutoff, n = model.config["cutoff"], s["n_atoms"]
     structure = s["structure"] = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
@@ -258,7 +276,8 @@ def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
             listed.shifts = listed.shifts.double()
             inverse_cell = inverse(s["cell"])
         batch = trimmed(at(listed, s["positions"], s["cell"], cutoff))
-        energy, forces, stress = results = energy_forces_stress(model, batch)
+        energy, forces, stress = energy_forces_stress(model, batch)
+        result = dict(energy=energy, forces=forces, stress=stress)
         if symmetry:
             forces = symmetric_vectors(forces, s["cell"], structure, symmetry)
             stress = symmetric_tensors(stress, s["cell"], symmetry)
@@ -271,10 +290,13 @@ def relax_until_some_finish(model, s, fmax, steps, mask, symmetry):
         finished = s["converged"] | failed | (s["step"] >= steps)
         fire_step(s, forces, cell_forces, ~finished, mask, symmetry)
         complete = still_complete(listed.positions, inverse_cell, s["positions"], s["cell"], structure, cutoff)
-        flags = torch.stack([finished, failed, complete]).cpu()  # the only wait for the GPU in a step, but for the edges
-        if flags[0].sum() >= max(len(n) / 20, 1):
-            return flags[0].tolist(), flags[1].tolist(), *(x.cpu() for x in results)
-        if not flags[2].all():
+        flags = torch.stack([finished.sum(), complete.all()])
+        yield
+        n_finished, still = flags.tolist()  # the only wait for the GPU in a step, but for the edges
+        if n_finished >= max(len(n) / 20, 1):
+            s |= result | dict(finished=finished, failed=failed)
+            return
+        if not still:
             listed = None
 
 
@@ -290,49 +312,48 @@ def check(atoms, model):
         raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
 
 
-def expected_edges(atoms, cutoff):
+def expected_edges(atoms, cell, cutoff):
     """Edges within the cutoff if the atoms were spread evenly, over the cell and where it is open over their extent."""
-    n, pbc = len(atoms), torch.from_numpy(atoms.pbc)[None]
-    cell = data.complete_cell(torch.from_numpy(atoms.cell.array)[None], pbc)[0].numpy()
-    extent = np.where(atoms.pbc, 1, np.ptp(atoms.positions @ np.linalg.inv(cell), axis=0) + 2)
-    volume = abs(np.linalg.det(cell)) * extent.prod()
+    n, volume = len(atoms), abs(np.linalg.det(cell))
+    if not atoms.pbc.all():
+        volume *= np.where(atoms.pbc, 1, np.ptp(atoms.positions @ np.linalg.inv(cell), axis=0) + 2).prod()
     return max(n * n / volume * 4 / 3 * math.pi * cutoff**3, n)
 
 
 def start(index, atoms, model, symprec):
-    """The record of a structure whose relaxation begins, its state on the host. Raises ValueError for bad input."""
+    """The record of a structure whose relaxation begins. Raises ValueError for bad input."""
     check(atoms, model)
     if atoms.constraints:
         raise ValueError("constraints are not supported here: use ASE's optimizers, or symprec for FixSymmetry")
-    atoms, r = atoms.copy(), {}
+    atoms, symmetry = atoms.copy(), {}
     if symprec is not None:
         if not atoms.pbc.all():
             raise ValueError("keeping the symmetry needs a cell that is periodic in three directions")
         try:
-            symmetry = FixSymmetry(atoms, symprec)  # refines the atoms
+            found = FixSymmetry(atoms, symprec)  # refines the atoms
         except Exception as e:  # spglib and ASE raise many kinds
             raise ValueError(f"no symmetry found at {symprec} A ({e})") from None
-        r = dict(rotations=symmetry.rotations, maps=np.array(symmetry.symm_map))
-    numbers, positions, cell, pbc = (x.copy() for x in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc))
-    numbers, positions, cell, pbc = map(torch.from_numpy, (numbers, positions, cell[None], pbc[None]))
-    cell, zero = data.complete_cell(cell, pbc), torch.zeros_like(cell)
-    r |= dict(index=index, atoms=atoms, edges=expected_edges(atoms, model.config["cutoff"]))
-    r |= dict(numbers=numbers, positions=positions, velocity=torch.zeros_like(positions), pbc=pbc, cell0=cell, cell=cell)
-    r |= dict(n_atoms=torch.tensor([len(atoms)]), log_f=zero, cell_velocity=zero, dt=zero[:, 0, 0] + 0.1)
-    r |= dict(mix=zero[:, 0, 0] + 0.1, converged=torch.tensor([False]))
-    return r | dict(downhill=torch.tensor([0]), step=torch.tensor([0]))
+        symmetry = dict(rotations=found.rotations, maps=np.array(found.symm_map))
+    cell = atoms.cell.array
+    if not atoms.pbc.all():
+        cell = data.complete_cell(torch.from_numpy(cell)[None], torch.from_numpy(atoms.pbc)[None])[0].numpy()
+    return dict(index=index, atoms=atoms, cell=cell, edges=expected_edges(atoms, cell, model.config["cutoff"])) | symmetry
 
 
-def result(r, energy=math.nan, forces=None, stress=None, error=None):
-    """What relax yields of a record."""
-    atoms, periodic = r["atoms"], r["atoms"].pbc.all()
-    atoms.positions = r["positions"].numpy()
-    if periodic:
-        atoms.cell = r["cell"][0].numpy()
-    if error is None:
-        stress = full_3x3_to_voigt_6_stress(stress) if periodic else None
-        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
-    return r["index"], atoms, energy, r["converged"].item() and error is None, r["step"].item(), error
+def end(r, x=None, error=None):
+    """What relax yields of a record and, where it took part, its tensors."""
+    atoms, periodic, steps = r["atoms"], r["atoms"].pbc.all(), 0
+    if x:
+        atoms.positions, steps = x["positions"].numpy(), x["step"].item()
+        if periodic:
+            atoms.cell = x["cell"].numpy()
+        if x["failed"]:
+            error = "the energy is not finite, or the cell collapsed"
+    if error:
+        return r["index"], atoms, math.nan, False, steps, error
+    stress = full_3x3_to_voigt_6_stress(x["stress"].numpy()) if periodic else None
+    atoms.calc = SinglePointCalculator(atoms, energy=x["energy"].item(), forces=x["forces"].numpy(), stress=stress)
+    return r["index"], atoms, x["energy"].item(), x["converged"].item(), steps, None
 
 
 class NequixCalculator(Calculator):
@@ -469,7 +490,7 @@ class NequixCalculator(Calculator):
         symprec: keep the symmetry found at this precision (A), as FixSymmetry does; needs spglib.
         Yields (index, atoms, energy, converged, steps, error) as structures finish: index in the stream, a new Atoms with
         results attached, eV, bool, steps taken, and None or one line. A bad structure stops no other. Reads the
-        stream no farther ahead than it must.
+        stream no farther ahead than a twentieth of a batch.
         """
         if symprec is not None:
             try:
@@ -482,54 +503,63 @@ class NequixCalculator(Calculator):
             if mask.shape not in ((6,), (3, 3)):
                 raise ValueError(f"cell_mask has shape {mask.shape}: it should be (6,) or (3, 3)")
             mask = torch.from_numpy(voigt_6_to_full_3x3_stress(mask) if mask.shape == (6,) else mask).to(self.device)
-        stream, waiting, live, more = enumerate(atoms_iterable), deque(), [], True
+        stream, more, waiting, ended, live, s = enumerate(atoms_iterable), True, deque(), deque(), [], None
+
+        def read():
+            nonlocal more
+            index, atoms = next(stream, (None, None))
+            more = index is not None
+            try:
+                if more:
+                    waiting.append(start(index, atoms, self.model, symprec))
+            except ValueError as e:
+                ended.append((dict(index=index, atoms=atoms), None, str(e)))
+
         while True:
-            load = sum(r["edges"] for r in live)
-            while len(live) < 4096 and (waiting or more):
+            load, new = sum(r["edges"] for r in live), []
+            while len(live) + len(new) < 4096 and (waiting or more):
                 if not waiting:
-                    index, atoms = next(stream, (None, None))
-                    if index is None:
-                        more = False
-                        break
-                    try:
-                        waiting.append(start(index, atoms, self.model, symprec))
-                    except ValueError as e:
-                        yield index, atoms, math.nan, False, 0, str(e)
-                        continue
-                if live and load + waiting[0]["edges"] > self.edge_budget():
+                    read()
+                    while ended and not waiting:
+                        yield end(*ended.popleft())
+                elif (live or new) and load + waiting[0]["edges"] > self.edge_budget():
                     break
-                live.append(waiting.popleft())
-                load += live[-1]["edges"]
+                else:
+                    new.append(waiting.popleft())
+                    load += new[-1]["edges"]
+            if new:
+                begun = at_rest(new, self.device)
+                s = {k: torch.cat([s[k], begun[k]]) for k in STATE} if live else begun
+                live += new
             if not live:
+                while ended:
+                    yield end(*ended.popleft())
                 return
 
-            s = {k: torch.cat([r[k] for r in live]).to(self.device) for k in PER_ATOM + PER_STRUCTURE}
             symmetry = symprec and pack_symmetry([r["rotations"] for r in live], [r["maps"] for r in live], self.device)
             try:
-                results = relax_until_some_finish(self.model, s, fmax, steps, mask, symmetry)
+                for _ in until_some_finish(self.model, s, fmax, steps, mask, symmetry):  # at work on the GPU
+                    while ended:
+                        yield end(*ended.popleft())
+                    while more and len(waiting) + len(ended) < len(live) / 20:
+                        read()
+                finished = s["finished"]
             except torch.cuda.OutOfMemoryError:
-                results = None  # dealt with outside of the handler, which holds on to the failed graph
-            sizes = [len(r["atoms"]) for r in live]
-            for k in PER_ATOM + PER_STRUCTURE:  # also after a failure the state is that after a whole step
-                for r, piece in zip(live, s[k].cpu().split(sizes if k in PER_ATOM else 1)):
-                    r[k] = piece
-            if results is None:
+                finished = None  # dealt with outside of the handler, which holds on to the failed graph
+            if finished is None:
                 torch.cuda.empty_cache()
                 self.max_edges //= 2
-                if len(live) == 1:
-                    yield result(live.pop(), error="out of memory with this structure alone")
                 half = len(live) // 2
-                waiting.extendleft(reversed(live[half:]))
-                live = live[:half]
+                waiting.extendleft(reversed(live[half:]))  # these start over
+                if not half:
+                    ended.append((waiting.popleft(), None, "out of memory with this structure alone"))
+                live, s = live[:half], picked(s, torch.arange(len(live), device=self.device) < half, STATE)
                 continue
-            records, live = live, []
-            finished, failed, energy, forces, stress = results
-            for r, done, bad, e, f, st in zip(records, finished, failed, energy, forces.split(sizes), stress):
-                if not done:
-                    live.append(r)
-                else:
-                    error = "the energy is not finite, or the cell collapsed" if bad else None
-                    yield result(r, e.item(), f.numpy(), st.numpy(), error)
+            done = {k: v.cpu() for k, v in picked(s, finished, RESULT).items()}
+            s, flags, sizes = picked(s, ~finished, STATE), finished.tolist(), done["n_atoms"].tolist()
+            done = zip(*(v.split(sizes) if k in PER_ATOM else v for k, v in done.items()))
+            ended.extend((r, dict(zip(RESULT, x))) for r, x in zip([r for r, flag in zip(live, flags) if flag], done))
+            live = [r for r, flag in zip(live, flags) if not flag]
 
     def hessian(self, atoms):
         """d^2E / dr dr, (3n, 3n) eV/A^2, rows and columns atom by atom, x, y, z; by differentiating twice, symmetric to rounding.
