@@ -144,16 +144,23 @@ def test_imaginary_modes():
 
 @pytest.mark.parametrize("which", [0, *(pytest.param(k, marks=needs_shared) for k in ("mp-241", "mp-4790"))])
 def test_reference_quantities_equal_phonopys_command_line(files, tmp_path, which):
-    """mp-241: cubic; mp-4790: a supercell that is not."""
+    """mp-241: cubic; mp-4790: a supercell that is not. The commensurate q-points by trying all with denominators to 6."""
     path = files / "mdr/mp-0.yaml" if which == 0 else SHARED / f"data/phonondb_pbesol/{which}.yaml.bz2"
-    got = eval_phonon.quantities(eval_phonon.phonons(eval_phonon.read_mdr(path)))
-    code = "from phonopy.scripts.phonopy_load import run; run()"
-    options = "--mesh 100 -t --tmin 300 --tmax 300 --nonac --fc-calc traditional --cutoff-freq 1e-4"
-    subprocess.run([sys.executable, "-c", code, path, *options.split()], cwd=tmp_path, check=True, capture_output=True)
-    yaml = pytest.importorskip("yaml")
-    (t,) = yaml.safe_load((tmp_path / "thermal_properties.yaml").read_text())["thermal_properties"]
-    expected = [t[k] for k in ("entropy", "free_energy", "heat_capacity")]
-    assert [got[q] for q in QUANTITIES[1:]] == pytest.approx(expected, abs=1e-6)
+    ph = eval_phonon.phonons(eval_phonon.read_mdr(path))
+    got, yaml = eval_phonon.quantities(ph), pytest.importorskip("yaml")
+    tried = np.array(sorted({n / k for k in range(1, 7) for n in range(k)}))
+    q = np.stack(np.meshgrid(tried, tried, tried), -1).reshape(-1, 3)
+    whole = q @ (np.linalg.inv(ph.primitive_matrix) @ ph.supercell_matrix)
+    q = q[(np.abs(whole - np.rint(whole)) < 1e-6).all(1)]
+    assert len(q) == len(ph.supercell) / len(ph.primitive)
+    code, options = "from phonopy.scripts.phonopy_load import run; run()", "--nonac --fc-calc traditional".split()
+    for more in (["--qpoints", " ".join(map(str, q.ravel()))], "--mesh 100 -t --tmin 300 --tmax 300 --cutoff-freq 1e-4".split()):
+        subprocess.run([sys.executable, "-c", code, path, *options, *more], cwd=tmp_path, check=True, capture_output=True)
+    read = lambda name: yaml.safe_load((tmp_path / name).read_text())
+    (t,) = read("thermal_properties.yaml")["thermal_properties"]
+    frequencies = [band["frequency"] for point in read("qpoints.yaml")["phonon"] for band in point["band"]]
+    expected = [max(frequencies) * 47.99243, *(t[k] for k in ("entropy", "free_energy", "heat_capacity")), min(frequencies)]
+    assert [got[q] for q in (*QUANTITIES, eval_phonon.LOWEST)] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
