@@ -273,7 +273,7 @@ def test_e0s_refitted_on_two_processes(student, tmp_path):
 # Bad input: one line, no traceback
 
 
-def test_bad_arguments_give_one_line(packed, tmp_path):
+def test_bad_arguments_give_one_line(packed, uninterrupted, tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "text.pt").write_text("words")
     for arguments, words in {
@@ -288,6 +288,8 @@ def test_bad_arguments_give_one_line(packed, tmp_path):
         ("--data", packed, "--init", tmp_path / "none.nqx"): "no weights at",
         ("--data", packed, "--refit-e0"): "--refit-e0 needs --init",
         ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",
+        ("--data", packed, "--validate", uninterrupted / "model.pt", "--test"): "has no test frames",
+        ("--data", packed, "--test"): "--test needs --validate",
         ("--data", packed, "--validate", tmp_path / "text.pt"): "neither a modded-nequix checkpoint nor",
     }.items():
         said = run("train.py", *arguments, ok=False)

@@ -88,10 +88,11 @@ class Args:
     # instead of training
     validate: str = arg("", "print the errors of these weights on the validation split, and leave", metavar="WEIGHTS")
     frames: int = arg(0, "with --validate: so many frames only")
+    test: bool = arg(False, "with --validate: on the test split, once a record is chosen")
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
-FREE = {"data", "out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames"}  # may change between resumptions
+FREE = {"data", "out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames", "test"}  # may change between resumptions
 
 
 ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
@@ -111,6 +112,8 @@ def parse_args(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
     if a.refit_e0 and not a.init:
         raise ValueError("--refit-e0 needs --init")
+    if a.test and not a.validate:
+        raise ValueError("--test needs --validate")
     for name in [*ARCHITECTURE, "no_norm"]:
         if a.init and getattr(a, name) != getattr(Args, name):
             raise ValueError(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
@@ -422,14 +425,15 @@ def validate_weights(a, device, dtype):
     """Errors of a checkpoint on a packed set, and the usual suspects if they are large: E0s, units, the stress sign."""
     model = nequix.load(a.validate, device, dtype, a.conv)
     packed = PackedSet(a.data, model.config["cutoff"], device)
-    val = packed.indices(data.VAL)
-    indices = np.sort(np.random.RandomState(0).permutation(val)[: a.frames or None])
+    split = "test" if a.test else "validation"
+    indices = packed.indices(data.TEST if a.test else data.VAL)
+    indices = np.sort(np.random.RandomState(0).permutation(indices)[: a.frames or None])
     if len(indices) == 0:
-        raise ValueError(f"{a.data} has no validation frames")
+        raise ValueError(f"{a.data} has no {split} frames")
     check_elements(model, packed, indices)
     max_edges = a.max_edges or default_max_edges(model, device)
     (e, f, s), base = evaluate(model, packed, indices, max_edges)
-    print(f"{a.validate} on {len(indices)} validation frames of {a.data}:")
+    print(f"{a.validate} on {len(indices)} {split} frames of {a.data}:")
     print(f"energy MAE {e:.2f} meV/atom, force MAE {f:.2f} meV/A, stress MAE {s:.3f} meV/A^3/atom")
     print(f"(E0s alone, zero forces, zero stress: {base[0]:.2f}, {base[1]:.2f}, {base[2]:.3f})")
 
