@@ -363,9 +363,11 @@ def infer(a, device):
     for symbol in a.crystals:
         mine = [r for r in rows if r["symbol"] == symbol]
         text += [f"{symbol}, ms a step: median of {a.steps} (first to last decile)", ""]
-        text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], lambda r: "{ms:.2f} ({low:.2f} to {high:.2f})".format(**r)), ""]
+        value = lambda r: "{ms:.2f} ({low:.2f} to {high:.2f})".format(**r)
+        text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], value), ""]
         text += ["First step, with what is compiled in it, s; peak memory, GiB", ""]
-        text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], lambda r: "{first_s:.1f}; {memory_GiB:.2f}".format(**r)), ""]
+        value = lambda r: "{first_s:.1f}; {memory_GiB:.2f}".format(**r)
+        text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], value), ""]
         for model in dict.fromkeys(r["model"] for r in done):
             large = [r for r in done if (r["model"], r["symbol"]) == (model, symbol) and r["atoms"] >= 1000]
             if len(large) > 1:
@@ -500,8 +502,8 @@ def parts_of_a_step(packed, piece, model, counts, update):
         return statistics.median(times[2:])
 
     a, b, c = (milliseconds(f, graph=True) for f in (first, second, third))
-    parts = dict(data_and_list_ms=milliseconds(lambda: packed.batch(piece)), forward_ms=a, force_backward_ms=b - a, loss_backward_ms=c - b)
-    return parts | dict(optimizer_ms=milliseconds(update))
+    parts = dict(data_and_list_ms=milliseconds(lambda: packed.batch(piece)), forward_ms=a, force_backward_ms=b - a)
+    return parts | dict(loss_backward_ms=c - b, optimizer_ms=milliseconds(update))
 
 
 def busy_share(run, device):
@@ -535,6 +537,10 @@ def official_batch(packed, size):
     integers |= dict(receivers=b.receivers, species=torch.searchsorted(elements, b.numbers), structure=b.structure)
     floats = {k: getattr(b, k) for k in ("positions", "shifts", "cell", "energy", "forces", "stress")}
     return {k: v.cpu().numpy().astype(t) for g, t in ((integers, np.int32), (floats, np.float32)) for k, v in g.items()}
+
+
+def describe(kernel, tf32):
+    return f"{'OpenEquivariance' if kernel else 'no kernel'}, {'TF32' if tf32 else 'float32'}"
 
 
 def official_rates(step, wait, steps, size, arrays):
@@ -590,7 +596,7 @@ def official_torch(device, path, tf32, split):
 
         return official_rates(step, lambda: clock(device), steps, batch, arrays)
 
-    return case, f"nequix {version('nequix')}, PyTorch, {'OpenEquivariance' if kernel else 'no kernel'}, {'TF32' if tf32 else 'float32'}"
+    return case, f"nequix {version('nequix')}, PyTorch, {describe(kernel, tf32)}"
 
 
 def official_jax(device, path, tf32, split):
@@ -624,7 +630,8 @@ def official_jax(device, path, tf32, split):
         nodes, labels = ("species", "positions", "forces"), ("cell", "energy", "stress")
         groups = dict(nodes=nodes, edges=("shifts",), globals=labels)
         graphs = jraph.GraphsTuple(
-            **{k: {n: x[n] for n in names} for k, names in groups.items()}, **{k: x[k] for k in "n_node n_edge senders receivers".split()}
+            **{k: {n: x[n] for n in names} for k, names in groups.items()},
+            **{k: x[k] for k in "n_node n_edge senders receivers".split()},
         )
         room = [int(1.1 * len(x[k])) + 1 for k in ("species", "senders")]  # the official buffer_factor
         graphs = jax.device_put(jraph.pad_with_graphs(graphs, *room, batch + 1))
@@ -635,7 +642,7 @@ def official_jax(device, path, tf32, split):
 
         return official_rates(step, lambda: jax.block_until_ready(state), steps, batch, x)
 
-    return case, f"nequix {version('nequix')}, JAX {jax.__version__}, {'OpenEquivariance' if kernel else 'no kernel'}, {'TF32' if tf32 else 'float32'}"
+    return case, f"nequix {version('nequix')}, JAX {jax.__version__}, {describe(kernel, tf32)}"
 
 
 def training(a, device):
@@ -692,7 +699,8 @@ def relaxations(a, device):
     converged, failed = sum(r[1] for r in results.values()), sum(r[3] is not None for r in results.values())
     taken = sum(r[2] for r in results.values())
     size = sum(map(len, structures)) / len(structures)
-    print(f"{len(structures)} structures, {size:.1f} atoms on average, of {a.file}: fmax {a.fmax} eV/A, at most {a.max_steps} steps")
+    print(f"{len(structures)} structures, {size:.1f} atoms on average, of {a.file}: ", end="")
+    print(f"fmax {a.fmax} eV/A, at most {a.max_steps} steps")
     print(f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end="")
     print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
 
@@ -715,7 +723,8 @@ def relaxations(a, device):
     except Exception as e:  # of any library
         return print(f"torch-sim: left out: {type(e).__name__}: {e}".splitlines()[0])
     apart = [1000 * abs(e - results[i][0]) / len(few[i]) for i, e in enumerate(energies)]
-    print(f"torch-sim {version('torch-sim-atomistic')} with the same model, the first {len(few)}: {len(few) / seconds:.2f} structures/s; ", end="")
+    print(f"torch-sim {version('torch-sim-atomistic')} with the same model, the first {len(few)}: ", end="")
+    print(f"{len(few) / seconds:.2f} structures/s; ", end="")
     print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {np.quantile(apart, 0.95):.4f} (95% of them)")
 
 
@@ -799,8 +808,8 @@ def main():
     def racing(c, kind):
         c.add_argument("--models", nargs="+", choices=MODELS[kind], help="default: all that are installed")
         c.add_argument("--steps", type=int, default=20, help="steps timed (default: 20)")
-        c.add_argument("--python", nargs="+", default=[], metavar="MODEL=INTERPRETER", help="of packages that need an environment of their own")
-        c.add_argument("--limit", type=float, default=300, help="s; a model that takes longer for one size is left out (default: 300)")
+        c.add_argument("--python", nargs="+", default=[], metavar="MODEL=INTERPRETER", help="of packages in environments of their own")
+        c.add_argument("--limit", type=float, default=300, help="s; a model slower than that is left out of a size (default: 300)")
         c.add_argument("--out", type=Path, default=Path(f"runs/speed_{kind}"), help=f"default: runs/speed_{kind}")
 
     c = command("infer", infer, "ASE steps of diamond and silicon")

@@ -206,7 +206,7 @@ def make_batch(numbers, positions, cell, pbc, n_atoms, cutoff, device=None, **la
 class PackedSet:
     """A packed set, for training and validation.
 
-    The arrays stay memory-mapped. Raises FileNotFoundError or ValueError with a one-line reason if `path` is not a whole packed set.
+    The arrays stay memory-mapped. Raises FileNotFoundError or ValueError, a line, if `path` is not a whole packed set.
     """
 
     ARRAYS = "positions numbers forces cell pbc energy stress offsets ids split n_edges".split()
@@ -516,8 +516,9 @@ def read_frames(files):
 def pack(files, out, source, split, bad="fail", max_force=np.inf, need_stress=True, unique=False, workers=None):
     """Parse files in parallel, check every frame, write a packed set.
 
-    split(arrays, n) -> (S,) split of each frame, out of n read ("order" says which); bad: "skip" frames with problems, or "fail" after naming them; unique: drop
-    frames whose numbers, positions and cell occurred before. Raises ValueError or OSError with a one-line reason.
+    split(arrays, n) -> (S,) split of each frame, out of n read ("order" says which); bad: "skip" frames with problems, or
+    "fail" after naming them; unique: drop frames whose numbers, positions and cell occurred before. Raises ValueError or
+    OSError with a one-line reason.
     """
     out, workers = Path(out), workers or os.cpu_count()
     if out.exists():
@@ -702,7 +703,7 @@ def download(url, path):
 
 
 def fetch_figshare(number, path, md5):
-    """Path of a file of figshare, downloaded if it is not there, and checked. Raises OSError or ValueError with a one-line reason."""
+    """Path of a file of figshare, downloaded if it is not there, and checked. Raises OSError or ValueError, a line each."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():

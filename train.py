@@ -92,7 +92,7 @@ class Args:
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
-FREE = {"data", "out", "conv", "device", "max_edges", "eval_every", "save_every", "validate", "frames", "test"}  # may change between resumptions
+FREE = "data out conv device max_edges eval_every save_every validate frames test".split()  # may change between resumptions
 
 
 ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
@@ -394,7 +394,8 @@ def watch_next_rank(rank, ranks):
             dist.recv(torch.zeros(1), following, group)
         except RuntimeError:
             time.sleep(3)  # this rank may be about to leave with a better reason
-            print(f"error on rank {rank}: rank {following} is gone; the same command goes on from the last checkpoint", file=sys.stderr)
+            gone = f"error on rank {rank}: rank {following} is gone; the same command goes on from the last checkpoint"
+            print(gone, file=sys.stderr)
             leave_now()
 
     thread = threading.Thread(target=watch, daemon=True)
