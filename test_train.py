@@ -18,7 +18,7 @@ import model as nequix
 from data import PackedSet
 from test_data import HERE, batch_of, labelled, run
 from test_model import SHARED, needs_shared, small_model
-from train import batch_loss, evaluate, label_counts, learning_rate, trouble
+from train import batch_loss, evaluate, label_counts, learning_rate, parse_args, trouble
 
 SMALL = "--hidden 8x0e+4x1o --lmax 1 --layers 2 --radial-size 8 --batch 6 --dtype float64 --device cpu --seed 3".split()
 
@@ -277,19 +277,23 @@ def test_bad_arguments_give_one_line(packed, uninterrupted, tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "text.pt").write_text("words")
     for arguments, words in {
+        ("--lr", "nan"): "--lr must be positive",
+        ("--steps", "-1"): "--steps must not be negative",
+        ("--refit-e0",): "--refit-e0 needs --init",
+        ("--test",): "--test needs --validate",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            parse_args(arguments)
+    for arguments, words in {
         ("--data", tmp_path / "none"): "no packed set",
         ("--data", packed, "--batch", "0"): "--batch must be positive",
-        ("--data", packed, "--lr", "nan"): "--lr must be positive",
-        ("--data", packed, "--steps", "-1"): "--steps must not be negative",
         ("--data", packed, "--hidden", "8x1o"): "hidden irreps",
         ("--data", packed, "--lmax", "7"): "lmax 7",
         ("--data", packed, "--conv", "oeq", "--device", "cpu"): "--conv oeq does not work here",
         ("--data", packed, "--out", tmp_path): "can't be read",
         ("--data", packed, "--init", tmp_path / "none.nqx"): "no weights at",
-        ("--data", packed, "--refit-e0"): "--refit-e0 needs --init",
-        ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",
         ("--data", packed, "--validate", uninterrupted / "model.pt", "--test"): "has no test frames",
-        ("--data", packed, "--test"): "--test needs --validate",
+        ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",
         ("--data", packed, "--validate", tmp_path / "text.pt"): "neither a modded-nequix checkpoint nor",
     }.items():
         said = run("train.py", *arguments, ok=False)
