@@ -1,6 +1,7 @@
 """The training loop: one process against two, killed against uninterrupted, the loss against a naive loop, bad input."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import model as nequix
 from data import PackedSet
 from test_data import HERE, batch_of, labelled, run
 from test_model import SHARED, needs_shared, small_model
-from train import batch_loss, evaluate, label_counts, learning_rate, parse_args, trouble
+from train import batch_loss, evaluate, label_counts, learning_rate, parse_args, trouble, validate_weights
 
 SMALL = "--hidden 8x0e+4x1o --lmax 1 --layers 2 --radial-size 8 --batch 6 --dtype float64 --device cpu --seed 3".split()
 
@@ -179,6 +180,34 @@ def test_validate_prints_the_errors_of_weights(packed, uninterrupted):
     assert f"energy MAE {mae[0]:.2f} meV/atom, force MAE {mae[1]:.2f} meV/A" in said
 
 
+def test_validate_on_the_test_split(packed, uninterrupted, tmp_path, capsys):
+    shutil.copytree(packed, tmp_path / "set")
+    split = np.load(packed / "split.npy")
+    split[np.flatnonzero(split == data.VAL)[:5]] = data.TEST
+    np.save(tmp_path / "set/split.npy", split)
+    a = parse_args(["--validate", str(uninterrupted / "model.pt"), "--data", str(tmp_path / "set"), "--test"])
+    validate_weights(a, torch.device("cpu"), torch.float64)
+    model, p = nequix.load(uninterrupted / "model.pt", dtype=torch.float64), PackedSet(tmp_path / "set")
+    mae, _ = evaluate(model, p, p.indices(data.TEST), 1000)
+    said = capsys.readouterr().out
+    assert "on 5 test frames" in said and f"energy MAE {mae[0]:.2f} meV/atom, force MAE {mae[1]:.2f} meV/A" in said
+
+
+def test_scripts_of_the_records(uninterrupted, monkeypatch):
+    """They read what train.py writes; the statistics of three runs, by hand."""
+    monkeypatch.syspath_prepend(HERE / "records")
+    import figure2
+    import mini
+
+    log = (uninterrupted / "log.txt").read_text()
+    (final,), points = mini.FINAL.findall(log), figure2.POINT.findall(log)
+    assert [float(x) for x in points[-1][1:]] == pytest.approx([float(x) for x in final[:3]], abs=6e-3)
+    rows = [[100, 200, 0.40, 60], [102, 198, 0.41, 61], [98, 202, 0.39, 62]]
+    text = mini.table("validation", rows, range(3), [104, 206, 0.42])
+    assert text.splitlines()[-1].split() == ["z", "3.46", "5.20", "3.46", "reached"]
+    assert mini.table("validation", rows, range(3), [102, 206, 0.42]).endswith("not reached")
+
+
 @needs_shared
 def test_validate_released_weights_on_a_set_they_can_not_know(tmp_path):
     frames = [labelled(bulk("Po", "sc", 3.3))] * 4
@@ -282,8 +311,9 @@ def test_bad_arguments_give_one_line(packed, uninterrupted, tmp_path):
         ("--refit-e0",): "--refit-e0 needs --init",
         ("--test",): "--test needs --validate",
     }.items():
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as e:
             parse_args(arguments)
+        assert "\n" not in str(e.value)
     for arguments, words in {
         ("--data", tmp_path / "none"): "no packed set",
         ("--data", packed, "--batch", "0"): "--batch must be positive",

@@ -16,7 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from mini import TRAIN, python
 
-KINDS = {"Muon, RMSNorm": [], "Muon": ["--no-norm"], "AdamW, RMSNorm": ["--optimizer", "adamw"], "AdamW": ["--optimizer", "adamw", "--no-norm"]}
+ADAMW = "--optimizer", "adamw"
+KINDS = {"Muon, RMSNorm": [], "Muon": ["--no-norm"], "AdamW, RMSNorm": ADAMW, "AdamW": [*ADAMW, "--no-norm"]}
 RATES = 0.03, 0.01, 0.003, 0.001
 POINT = re.compile(r"^step=(\d+)/\d+ energy=(\S+) meV/atom forces=(\S+) meV/A stress=(\S+) meV", re.M)
 
@@ -25,7 +26,8 @@ def run(out, kind, rate, options):
     """The validations of a run, (step, three errors) each, or why it ended: a run may diverge."""
     folder = out / f"{kind.replace(', ', '_')}_{rate}"
     try:
-        python(TRAIN, "--data", "data/sample", "--tf32", "--hidden", "128x0e+64x1o", *KINDS[kind], "--lr", rate, *options, "--out", folder)
+        shape = "--hidden", "128x0e+64x1o"
+        python(TRAIN, "--data", "data/sample", "--tf32", *shape, *KINDS[kind], "--lr", rate, *options, "--out", folder)
         why = ""
     except RuntimeError as e:
         why = str(e).split("error: ")[-1].split(";")[0]
@@ -34,7 +36,7 @@ def run(out, kind, rate, options):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("out", type=Path)
     p.add_argument("--at-once", type=int, default=4, help="runs that share the GPU (default: 4)")
     a, options = p.parse_known_args()
