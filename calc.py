@@ -454,9 +454,10 @@ class NequixCalculator(Calculator):
     # Many structures
 
     def edge_budget(self):
-        """Edges of a batch: what fits 0.6 of the free memory, by the memory that 17,000 edges take, and a million at most."""
+        """Edges of a batch: what fits 0.6 of the free memory, by the memory that 17,000 edges take, and a million at most; on a
+        CPU so few that it takes the same memory again and again."""
         if self.max_edges is None:
-            self.max_edges = 30_000
+            self.max_edges = 5_000
             if self.device.type == "cuda":
                 crystal = Atoms([self.model.config["atomic_numbers"][0]] * 343, cell=[18.9] * 3, pbc=True)
                 crystal.positions = 2.7 * np.stack(np.meshgrid(*[np.arange(7.0)] * 3), -1).reshape(-1, 3)
