@@ -1,6 +1,6 @@
 """Data: DFT frames packed into flat arrays, batches of any size dealt to ranks, neighbour lists of many structures at once.
 
-    python data.py sample                       # 5,222 real DFT frames, fetched with pip, -> data/sample
+    python data.py sample                       # 5,217 real DFT frames, fetched with pip, -> data/sample
     python data.py mptrj [--zip FILE]           # MPtrj, 1.58 M frames, -> data/mptrj
     python data.py pack FILE... --out DIR       # any files ASE reads, zips of them included
 
@@ -475,20 +475,26 @@ def pack_job(job, max_force, need_stress):
     return {k: np.concatenate([f[k] for f in good]) for k in good[0]} if good else None, problems
 
 
+def names_of(files):
+    """Of each file the name, where another has the same the whole path."""
+    names = [Path(f).name for f in files]
+    return [name if names.count(name) == 1 else str(f) for name, f in zip(names, files)]
+
+
 def read_frames(files):
     """Yield (name, content, share read) of the frames in files and zips: the text of each extxyz frame, in order of file
     names; of other formats the whole file; a ValueError in its place where an extxyz file breaks off. Raises OSError."""
     members = []  # (name, how to open it, size)
-    for path in map(Path, files):
+    for path, known_as in zip(map(Path, files), names_of(files)):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")
         if not zipfile.is_zipfile(path):
-            members.append((path.name, functools.partial(open, path, "rb"), path.stat().st_size))
+            members.append((known_as, functools.partial(open, path, "rb"), path.stat().st_size))
             continue
         archive = zipfile.ZipFile(path)
         for m in sorted(archive.infolist(), key=lambda m: m.filename):
             if not (m.is_dir() or m.filename.startswith("__MACOSX") or Path(m.filename).name.startswith(".")):
-                members.append((f"{path.name}:{m.filename}", functools.partial(archive.open, m), m.file_size))
+                members.append((f"{known_as}:{m.filename}", functools.partial(archive.open, m), m.file_size))
     done, total = 0, max(sum(size for *_, size in members), 1)
     for name, open_member, size in members:
         k = 0
@@ -508,6 +514,8 @@ def read_frames(files):
                         raise ValueError("the file ends in the middle of it")
                     yield f"{name}#{k}", first + "".join(lines), done / total
                     k += 1
+                if k == 0 and name.endswith(("xyz", "XYZ")):
+                    raise ValueError("no frame in it")
         except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:  # a damaged zip, not UTF-8
             yield f"{name}#{k}", ValueError(str(e)), done / total
         done += size
@@ -571,7 +579,7 @@ def pack(files, out, source, split, bad="fail", max_force=np.inf, need_stress=Tr
     a["split"] = split(a, n_read).astype(np.uint8)
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
     counts |= dict(skipped=len(problems), duplicates=int((~keep).sum()), atoms=len(a["numbers"]))
-    hashes = {Path(f).name: digest(f, "sha256") for f in files}
+    hashes = {name: digest(f, "sha256") for name, f in zip(names_of(files), files)}
     write_set(out, a, dict(source=source, sha256=hashes, cutoff=CUTOFF, counts=counts))
 
 
@@ -610,6 +618,8 @@ def split_by(kind, fraction):
     skipped, so that these move no other; or likewise by material."""
 
     def split(a, n):
+        if kind == "material" and (a["materials"] == a["ids"]).all():
+            raise ValueError("no frame names its material (material_id, mp_id or mptrj_traj_id): use --split frame")
         names, group = np.unique(a["materials"], return_inverse=True)
         if kind == "frame":
             names, group = range(n), a["order"]
@@ -703,12 +713,12 @@ def download(url, path):
 
 
 def fetch_figshare(number, path, md5):
-    """Path of a file of figshare, downloaded if it is not there, and checked. Raises OSError or ValueError, a line each."""
+    """Path of a file of figshare, downloaded if it is not there, and checked against an md5 (or None). Raises OSError or ValueError, a line each."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         download(f"https://ndownloader.figshare.com/files/{number}", path)
-    if digest(path, "md5") != md5:
+    if md5 and digest(path, "md5") != md5:
         raise ValueError(f"{path} has the wrong md5 (damaged?): delete it and try again")
     return path
 
@@ -724,12 +734,11 @@ def from_pymatgen(structure):
 
 def fetch_mptrj(zip_path, out, split, workers=None):
     """Pack MPtrj from one of its zips; downloaded, if none is given."""
+    if Path(out).exists():
+        raise ValueError(f"{out} exists: remove it or choose another --out")
     if zip_path is None:
-        file_id, (name, *_) = next(iter(MPTRJ.items()))
-        zip_path = Path(out).parent / name
-        zip_path.parent.mkdir(parents=True, exist_ok=True)
-        if not zip_path.exists():
-            download(f"https://ndownloader.figshare.com/files/{file_id}", zip_path)
+        number, (name, _, md5) = next(iter(MPTRJ.items()))
+        zip_path = fetch_figshare(number, Path(out).parent / name, md5)
     zip_path = Path(zip_path)
     if not zip_path.is_file():
         raise FileNotFoundError(f"no file {zip_path}")
@@ -748,7 +757,7 @@ def fetch_mptrj(zip_path, out, split, workers=None):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    sample = commands.add_parser("sample", help="5,222 DFT frames, fetched with pip")
+    sample = commands.add_parser("sample", help="5,217 DFT frames, fetched with pip")
     mptrj = commands.add_parser("mptrj", help="MPtrj, 1.58 M frames")
     mptrj.add_argument("--zip", help="take this zip (either of the two on figshare) and download nothing")
     files = commands.add_parser("pack", help="any files ASE reads")
@@ -764,6 +773,8 @@ def main():
         q.add_argument("--val", type=float, default=0.05, help="share of validation")
     a = p.parse_args()
     try:
+        if a.command != "sample" and not 0 < a.val < 1:
+            raise ValueError(f"--val is a share, between 0 and 1, not {a.val}")
         if a.command == "sample":
             fetch_sample(a.out, a.workers)
         elif a.command == "mptrj":
@@ -774,7 +785,7 @@ def main():
     except (ValueError, OSError, zipfile.BadZipFile) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+        sys.exit("interrupted: no set was written")
 
 
 if __name__ == "__main__":

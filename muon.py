@@ -35,8 +35,10 @@ class Muon(torch.optim.Optimizer):
     parameter.
     """
 
+    run = None  # flat momentum -> padded stacks, orthogonalized -> flat update
+
     def __init__(self, params, lr=0.01, weight_decay=0.0, momentum=0.95, steps=5, betas=(0.9, 0.999), eps=1e-8):
-        params = list(params)
+        params = [p for p in params if p.requires_grad]
         matrices = [p for p in params if p.ndim == 2]
         vectors = [p for p in params if p.ndim == 1]
         if len(matrices) + len(vectors) != len(params) or len(set(params)) != len(params):
@@ -44,7 +46,6 @@ class Muon(torch.optim.Optimizer):
         groups = [dict(params=matrices, kind="muon"), dict(params=vectors, kind="adam")]
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, steps=steps, betas=betas, eps=eps, t=0)
         super().__init__([g for g in groups if g["params"]], defaults)
-        self.run = None  # flat momentum -> padded stacks, orthogonalized -> flat update
 
     @torch.no_grad()
     def step(self):

@@ -233,6 +233,13 @@ def test_what_breaks_off_is_skipped_and_moves_no_other_frame(tmp_path):
     assert {p.name(i) for i in p.indices(data.VAL)} == official and official
 
 
+def test_frames_of_files_of_one_name_and_without_a_material():
+    assert data.names_of(["a/run.xyz", "b/run.xyz", "b/c.xyz"]) == ["a/run.xyz", "b/run.xyz", "c.xyz"]
+    names = np.array([b"c.xyz#0", b"c.xyz#1"])
+    with pytest.raises(ValueError, match="no frame names its material"):
+        data.split_by("material", 0.5)(dict(ids=names, materials=names), 2)
+
+
 def test_bad_files_give_one_line(tmp_path):
     (tmp_path / "empty.extxyz").touch()
     (tmp_path / "text.extxyz").write_text("hello\n")
@@ -245,13 +252,15 @@ def test_bad_files_give_one_line(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
     for name, words in {
         "none.extxyz": "no file",
-        "empty.extxyz": "no usable frame",
+        "empty.extxyz": "frames are unusable",
         "text.extxyz": "frames are unusable",
         "latin.extxyz": "frames are unusable",
         "damaged.zip": "frames are unusable",
     }.items():
         said = run("data.py", "pack", tmp_path / name, "--out", tmp_path / "set", "--workers", 1, ok=False)
         assert "error: " in said and words in said
+    said = run("data.py", "pack", tmp_path / "text.extxyz", "--out", tmp_path / "set", "--val", "5", ok=False)
+    assert "--val is a share, between 0 and 1, not 5" in said
     assert "not a whole zip" in run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)
     with pytest.raises(FileNotFoundError, match="no packed set"):
         data.PackedSet(tmp_path / "nothing")

@@ -1,5 +1,6 @@
 """Muon against a naive loop over matrices, written from optax.contrib.muon 0.2.5, and its stacks against the shapes."""
 
+import copy
 import time
 
 import pytest
@@ -60,6 +61,9 @@ def test_every_parameter_in_exactly_one_group():
         Muon([matrix, cube])
     with pytest.raises(ValueError, match="once"):
         Muon([matrix, matrix])
+    frozen = torch.nn.Parameter(torch.ones(3, 4), requires_grad=False)
+    copy.deepcopy(Muon([matrix, frozen], weight_decay=0.1)).step()
+    assert (frozen == 1).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -146,10 +146,14 @@ def test_a_stopped_run_ends_with_the_same_weights(packed, tmp_path, uninterrupte
     assert final[0] == final[1]
 
 
-def test_a_finished_run_says_so_again(packed, uninterrupted):
+def test_a_finished_run_says_so_again(packed, uninterrupted, tmp_path):
     said = run(*command(packed, uninterrupted, "--steps", "40", "--eval-every", "20", "--save-every", "3"))
     assert said.splitlines()[-1] == (uninterrupted / "log.txt").read_text().splitlines()[-1]
     assert "other settings (lr: 0.01 -> 0.5)" in run(*command(packed, uninterrupted, "--lr", "0.5", "--steps", "40"), ok=False)
+    state = torch.load(uninterrupted / "state.pt", weights_only=True)
+    torch.save(state | dict(sources_sha256="of an older commit"), tmp_path / "state.pt")
+    said = run(*command(packed, tmp_path, "--steps", "40", "--eval-every", "20", "--save-every", "3"), ok=False)
+    assert "ended with other sources" in said
 
 
 def test_the_log_proves_the_run(packed, uninterrupted):
@@ -202,10 +206,11 @@ def test_scripts_of_the_records(uninterrupted, monkeypatch):
     log = (uninterrupted / "log.txt").read_text()
     final, points = mini.FINAL.findall(log)[-1], figure2.POINT.findall(log)
     assert [float(x) for x in points[-1][1:]] == pytest.approx([float(x) for x in final[:3]], abs=6e-3)
-    rows = [[100, 200, 0.40, 60], [102, 198, 0.41, 61], [98, 202, 0.39, 62]]
-    text = mini.table("validation", rows, range(3), [104, 206, 0.42])
-    assert text.splitlines()[-1].split() == ["z", "3.46", "5.20", "3.46", "reached"]
-    assert mini.table("validation", rows, range(3), [102, 206, 0.42]).endswith("not reached")
+    rows = [[100, 200, 0.40, 60], [102, 198, 0.41, 61], [98, 202, 0.39, 62]] + [[100, 200, 0.40, 60]] * 2
+    text = mini.table("validation", rows, range(5), [104, 206, 0.42])
+    assert text.splitlines()[-1].split() == ["z", "6.32", "9.49", "6.32", "reached"]
+    assert mini.table("validation", rows, range(5), [101, 206, 0.42]).endswith("not reached")
+    assert mini.table("validation", rows[:4], range(4), [104, 206, 0.42]).endswith("not reached")
 
 
 @needs_shared
@@ -303,11 +308,17 @@ def test_e0s_refitted_on_two_processes(student, tmp_path):
 
 
 def test_bad_arguments_give_one_line(packed, uninterrupted, tmp_path):
-    (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "state.pt").touch()
+    (tmp_path / "state.previous.pt").touch()
     (tmp_path / "text.pt").write_text("words")
     for arguments, words in {
         ("--lr", "nan"): "--lr must be positive",
+        ("--epochs", "inf"): "--epochs must be positive",
+        ("--grad-clip", "0"): "--grad-clip must be positive",
         ("--steps", "-1"): "--steps must not be negative",
+        ("--energy-weight", "nan"): "--energy-weight must not be negative",
+        ("--ema", "1"): "--ema must be at least 0 and below 1",
+        ("--frames", "5"): "--frames needs --validate",
         ("--refit-e0",): "--refit-e0 needs --init",
         ("--test",): "--test needs --validate",
     }.items():
@@ -320,7 +331,7 @@ def test_bad_arguments_give_one_line(packed, uninterrupted, tmp_path):
         ("--data", packed, "--hidden", "8x1o"): "hidden irreps",
         ("--data", packed, "--lmax", "7"): "lmax 7",
         ("--data", packed, "--conv", "oeq", "--device", "cpu"): "--conv oeq does not work here",
-        ("--data", packed, "--out", tmp_path): "can't be read",
+        ("--data", packed, "--out", tmp_path): f"state.pt can't be read (EOFError): remove it to go on from {tmp_path}/state.prev",
         ("--data", packed, "--init", tmp_path / "none.nqx"): "no weights at",
         ("--data", packed, "--validate", uninterrupted / "model.pt", "--test"): "has no test frames",
         ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",

@@ -12,6 +12,7 @@ Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, mo
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import platform
@@ -107,18 +108,21 @@ def parse_args(argv=None):
             help["help"] += f" (default: {f.default})"
         p.add_argument("--" + f.name.replace("_", "-"), **kind, **help)
     a = Args(**vars(p.parse_args(argv)))
-    for name in "batch lr layers cutoff n_basis radial_size radial_layers epochs save_every".split():
-        if not getattr(a, name) > 0:
+    for name in "batch lr layers cutoff n_basis radial_size radial_layers epochs save_every grad_clip".split():
+        if not 0 < getattr(a, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
     if a.refit_e0 and not a.init:
         raise ValueError("--refit-e0 needs --init")
-    if a.test and not a.validate:
-        raise ValueError("--test needs --validate")
+    for name in ("test", "frames"):
+        if getattr(a, name) and not a.validate:
+            raise ValueError(f"--{name} needs --validate")
+    if not 0 <= a.ema < 1:
+        raise ValueError(f"--ema must be at least 0 and below 1, not {a.ema}")
     for name in [*ARCHITECTURE, "no_norm"]:
         if a.init and getattr(a, name) != getattr(Args, name):
             raise ValueError(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
-    for name in "steps max_edges eval_every frames seed weight_decay warmup_epochs".split():
-        if not getattr(a, name) >= 0:
+    for name in "steps max_edges eval_every frames seed weight_decay warmup_epochs energy_weight force_weight stress_weight".split():
+        if not 0 <= getattr(a, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(a, name)}")
     return a
 
@@ -341,15 +345,18 @@ def draw_curve(path, history, targets):
     figure.savefig(path, dpi=120)
 
 
-def run_header(a, packed, device, ranks, model):
+def sources():
     here = Path(__file__).parent
-    sources = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split())
+    return "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split())
+
+
+def run_header(a, packed, device, ranks, model):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     smi = ""
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     return (
-        f"{sources}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}"
+        f"{sources()}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}"
         f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
         f"{ranks} x {name}, convolution: {model.chosen_conv()}\n"
         f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n"
@@ -415,7 +422,7 @@ def watch_next_rank(rank, ranks):
 
 
 def check_elements(model, packed, indices):
-    atoms = np.concatenate([np.arange(*packed.offsets[i : i + 2]) for i in indices])
+    atoms = np.repeat(np.isin(np.arange(len(packed.n_atoms)), indices), packed.n_atoms)
     unknown = set(np.unique(packed.numbers[atoms]).tolist()) - set(model.config["atomic_numbers"])
     if unknown:
         raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
@@ -479,8 +486,7 @@ def train(a, device, dtype, rank, ranks):
     # two elements carry the loss and whether a rank was told to stop.
     torch.manual_seed(a.seed)
     if a.init:
-        check_elements(model, packed, packed.indices(data.TRAIN))
-        check_elements(model, packed, val_frames)
+        check_elements(model, packed, np.append(train_frames, val_frames))
     else:
         stats = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
         config = {**stats, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
@@ -499,6 +505,7 @@ def train(a, device, dtype, rank, ranks):
     # Resume. Nothing is drawn at random after the initial weights; the position in the data is the step.
     step, train_s, gpu_h, history, losses = 0, 0.0, 0.0, [], deque(maxlen=1000)
     fixed = {k: v for k, v in asdict(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
+    sources_sha256, edited = hashlib.sha256(sources().encode()).hexdigest(), False
     state_file, previous_file, resumed = out / "state.pt", out / "state.previous.pt", False
     if previous_file.exists() and not state_file.exists() and rank == 0:  # killed between the two renames of save()
         os.replace(previous_file, state_file)
@@ -506,17 +513,21 @@ def train(a, device, dtype, rank, ranks):
         dist.barrier()
     if state_file.exists():
         try:
-            state = torch.load(state_file, map_location=device, weights_only=True)
+            state = torch.load(state_file, map_location="cpu", weights_only=True)  # load_state_dict() moves what must move
             differ = [f"{k}: {state['fixed'].get(k)} -> {v}" for k, v in fixed.items() if state["fixed"].get(k) != v]
         except Exception as e:
-            raise ValueError(f"{state_file} can't be read ({str(e).splitlines()[0]}): remove {out} to start anew") from None
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            then = f"remove it to go on from {previous_file}" if previous_file.exists() else f"remove {out} to start anew"
+            raise ValueError(f"{state_file} can't be read ({why}): {then}") from None
         if differ:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out")
         model.load_state_dict(state["model"])
         ema_model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
-        resumed = True
+        resumed, edited = True, state.get("sources_sha256") != sources_sha256
+        if edited and step == total:
+            raise ValueError(f"{out} holds a run that ended with other sources: choose another --out")
         losses.extend(state["losses"])
     if ranks > 1:
         extremes = torch.tensor([step, -step], device=device)
@@ -538,13 +549,15 @@ def train(a, device, dtype, rank, ranks):
                 tqdm.write(text, file=sys.stdout)
 
     def save():
+        """False if the last loss is suspect: the checkpoint before is kept."""
         suspect = len(losses) >= 200 and losses[-1] > 10 * statistics.median(losses)
         if rank == 0 and not suspect:
             numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=list(losses))
             parts = dict(model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict(), e0=model.e0)
             if state_file.exists():
                 os.replace(state_file, previous_file)
-            save_state(state_file, fixed=fixed, **parts, **numbers)
+            save_state(state_file, fixed=fixed, sources_sha256=sources_sha256, **parts, **numbers)
+        return not suspect
 
     def stop_clock():
         """Book the time since `start`, and start anew."""
@@ -560,7 +573,7 @@ def train(a, device, dtype, rank, ranks):
 
     log(run_header(a, packed, device, ranks, model), screen=False)
     if resumed:
-        log(f"resumed at step {step} of {total}")
+        log(f"resumed at step {step} of {total}" + edited * ", with other sources than before: see above")
     else:
         log(f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)")
 
@@ -680,10 +693,11 @@ def train(a, device, dtype, rank, ranks):
             start = time.perf_counter()
         if validating or saving or stop:
             stop_clock()
-            save()
+            saved = save()
     bar.close()
     if stop and step < total:
-        log(f"stopped at step {step} of {total} and saved to {state_file}; the same command goes on")
+        where = f"saved to {state_file}" if saved else "its loss is suspect: not saved, an older checkpoint is kept"
+        log(f"stopped at step {step} of {total}, {where}; the same command goes on")
         leave()
         sys.exit(128 + (told[0][0] if told else signal.SIGTERM))
 

@@ -27,12 +27,12 @@ def run(out, kind, rate, options):
     folder = out / f"{kind.replace(', ', '_')}_{rate}"
     try:
         shape = "--hidden", "128x0e+64x1o"
-        python(TRAIN, "--data", "data/sample", "--tf32", *shape, *KINDS[kind], "--lr", rate, *options, "--out", folder)
+        python(*TRAIN, *shape, *KINDS[kind], "--lr", rate, *options, "--out", folder)
         why = ""
     except RuntimeError as e:
         why = str(e).split("error: ")[-1].split(";")[0]
     points = POINT.findall((folder / "log.txt").read_text()) if (folder / "log.txt").exists() else []
-    return [[float(x) for x in p] for p in points], why
+    return [[float(x) for x in p] for p in {p[0]: p for p in points}.values()], why  # a resumed run may repeat some
 
 
 def main():

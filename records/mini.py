@@ -16,24 +16,26 @@ from pathlib import Path
 
 import numpy as np
 
-TRAIN = Path(__file__).parent.parent / "train.py"
+TRAIN = Path(__file__).parent.parent / "train.py", "--data", "data/sample", "--tf32"
 COLUMNS = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A^3/atom)", "GPU-seconds"
 FINAL = re.compile(r"^final step=\d+ energy_mae_mev_atom=(\S+) force_mae_mev_A=(\S+) stress_mae_mev_A3_atom=(\S+) .*gpu_h=(\S+)", re.M)
 ERRORS = re.compile(r"energy MAE (\S+) meV/atom, force MAE (\S+) meV/A, stress MAE (\S+) meV")
+SEEDS = 5  # at least, and
 CONFIDENCE = 2.33  # (target - mean) sqrt(n) / sigma at least: one-sided p < 0.01
 
 
 def python(*command):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+        said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise RuntimeError(f"{' '.join(map(str, command))}: {said} (exit status {done.returncode})")
     return done.stdout
 
 
 def run(out, seed, options):
     """The three errors on the validation split, and GPU-seconds, of train.py with this seed."""
     folder = out / f"seed{seed}"
-    python(TRAIN, "--data", "data/sample", "--tf32", *options, "--seed", seed, "--out", folder)
+    python(*TRAIN, *options, "--seed", seed, "--out", folder)
     *mae, hours = (float(x) for x in FINAL.findall((folder / "log.txt").read_text())[-1])
     return [*mae, 3600 * hours]
 
@@ -47,7 +49,8 @@ def table(title, rows, seeds, targets=None):
     if targets:
         z = (np.array(targets) - mean[:3]) * len(rows) ** 0.5 / sigma[:3]
         text.append(f"{'target':12}" + "".join(f"{x:28.3f}" for x in targets))
-        text.append(f"{'z':12}" + "".join(f"{x:28.2f}" for x in z) + ("  reached" if (z >= CONFIDENCE).all() else "  not reached"))
+        reached = len(rows) >= SEEDS and (z >= CONFIDENCE).all()
+        text.append(f"{'z':12}" + "".join(f"{x:28.2f}" for x in z) + ("  reached" if reached else "  not reached"))
     return "\n".join(text)
 
 
@@ -59,16 +62,21 @@ def main():
     p.add_argument("--test", action="store_true", help="the errors on the test split too")
     p.add_argument("--targets", type=float, nargs=3, metavar="MAE", help="of energy, forces and stress")
     a, options = p.parse_known_args()
+    if min(a.seeds, a.at_once) < 1:
+        p.error("--seeds and --at-once must be positive")
     with concurrent.futures.ThreadPoolExecutor(a.at_once) as pool:
         rows = list(pool.map(lambda seed: run(a.out, seed, options), range(a.seeds)))
     text = table("validation", rows, range(a.seeds), a.targets)
     if a.at_once > 1:
         text += f"\nGPU-seconds of {a.at_once} runs at once: no record"
-    if a.test:
-        said = [python(TRAIN, "--validate", a.out / f"seed{k}/model.pt", "--data", "data/sample", "--test") for k in range(a.seeds)]
-        text += "\n" + table("test", [[float(x) for x in ERRORS.search(s).groups()] for s in said], range(a.seeds))
     print(text)
     (a.out / "summary.txt").write_text(" ".join(sys.argv) + "\n" + text + "\n")
+    if a.test:
+        said = [python(*TRAIN, *options, "--validate", a.out / f"seed{k}/model.pt", "--test") for k in range(a.seeds)]
+        text = table("test", [[float(x) for x in ERRORS.search(s).groups()] for s in said], range(a.seeds))
+        print(text)
+        with open(a.out / "summary.txt", "a") as f:
+            f.write(text + "\n")
 
 
 if __name__ == "__main__":
