@@ -6,7 +6,7 @@
     python bench_speed.py relax wbm.extxyz --weights nequix-mp-1       # structures/s against ASE one by one
     python bench_speed.py nve --weights nequix-mp-1                    # meV/atom/ps, float32 and float64
 
-infer and train write a table, a CSV file and the log to --out. Each model runs in a process of its own, and they take turns: size
+infer and train write a table, a CSV file and the log to --out (under torchrun the table alone). Each model runs in a process of its own, and they take turns: size
 by size, one after another, on one GPU. Times are those of synchronised clocks: the median of --steps steps after five that are
 not counted, with the first and the last decile. What is missing or fails is listed with the reason.
 """
@@ -29,7 +29,6 @@ import time
 import types
 from pathlib import Path
 
-import ase.io
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,7 +39,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
 import kernels
-from calc import NequixCalculator
+from calc import NequixCalculator, read
 from data import TRAIN, PackedSet, deal, make_batch, prefetch
 from model import Nequix, energy_forces_stress
 from muon import Muon
@@ -147,6 +146,8 @@ def race(kind, jobs, models, options, a):
     if not all("=" in p for p in a.python):
         raise ValueError("--python takes MODEL=INTERPRETER")
     pythons = dict(p.split("=", 1) for p in a.python)
+    if unknown := pythons.keys() - MODELS[kind].keys():
+        raise ValueError(f"--python: no model {', '.join(unknown)}")
     with open(a.out / "log.txt", "w") as log:
         remotes = [Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models]
         first = {r.name: r.reply() for r in remotes}  # they start side by side
@@ -370,6 +371,7 @@ def infer(a, device):
         text += [markdown(mine, lambda r: r["model"], lambda r: r["n"], value), ""]
         for model in dict.fromkeys(r["model"] for r in done):
             large = [r for r in done if (r["model"], r["symbol"]) == (model, symbol) and r["atoms"] >= 1000]
+            large = list({r["atoms"]: r for r in large}.values())  # two sizes may give one crystal
             if len(large) > 1:
                 slope = np.polyfit(*np.log([[r["atoms"], r["ms"]] for r in large]).T, 1)[0]
                 extra = (large[-1]["memory_GiB"] - large[-2]["memory_GiB"]) / (large[-1]["atoms"] - large[-2]["atoms"]) * 2**20
@@ -653,11 +655,11 @@ def training(a, device):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        rows = []
+        rows, lines, rank = [], [], dist.get_rank()
         for name in a.models or ["fused"]:
             case, what = MODELS["train"][name](device, **options)
             rows += [dict(model=name, **job, **case(**job), memory_GiB=peak_memory()) for job in jobs]
-        lines, rank = [f"{name}: {what}"], dist.get_rank()
+            lines.append(f"{name}: {what}")
         dist.destroy_process_group()
         if rank:
             return
@@ -689,7 +691,9 @@ def relaxations(a, device):
     """Throughput of relax on the first n structures of a file; ASE's FIRE one by one on n_ase of them, evenly spread."""
     calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
     print(f"{header(device)}, {a.weights}, {a.dtype}, convolution {calc.model.chosen_conv()}")
-    structures = list(itertools.islice(ase.io.iread(a.file, ":"), a.n))
+    structures = [atoms for _, atoms in itertools.islice(read([a.file]), a.n)]
+    if not structures:
+        raise ValueError(f"no structures in {a.file}")
     for _ in calc.relax(structures[:8], a.fmax, 3):  # kernels are built, the memory is measured
         pass
     start, results = clock(device), {}
@@ -704,7 +708,8 @@ def relaxations(a, device):
     print(f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end="")
     print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
 
-    picks = np.unique(np.linspace(0, len(structures) - 1, a.n_ase).astype(int))
+    fit = [i for i, atoms in enumerate(structures) if atoms.pbc.all() and not results[i][3]]  # for ASE's filter
+    picks = [fit[i] for i in np.unique(np.linspace(0, len(fit) - 1, min(a.n_ase, len(fit))).astype(int))]
     start, apart, same = clock(device), [], 0
     for i in picks:
         atoms = structures[i].copy()
@@ -712,10 +717,11 @@ def relaxations(a, device):
         done = FIRE(FrechetCellFilter(atoms), logfile=None).run(a.fmax, a.max_steps)
         apart.append(1000 * abs(atoms.get_potential_energy() - results[i][0]) / len(atoms))
         same += done == results[i][1]
-    one_by_one = (clock(device) - start) / len(picks)
-    faster = one_by_one * len(structures) / seconds
-    print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
-    print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
+    if picks:
+        one_by_one = (clock(device) - start) / len(picks)
+        faster = one_by_one * len(structures) / seconds
+        print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
+        print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
 
     few = structures[: a.n_torch_sim]
     try:

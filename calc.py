@@ -20,6 +20,7 @@ import hashlib
 import math
 import sys
 from collections import deque
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -39,6 +40,7 @@ from model import energy_forces_stress
 
 SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until an atom may have come from beyond
 REPLAYED = 500_000  # edges of a structure up to which a GPU's step is a CUDA graph, which keeps its memory
+NOT_FINITE = "the energy is not finite: two atoms at one place?"
 COLLAPSED = 0.5  # A^3 an atom: a relaxation below it is given up, before its edges fill the memory
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,7 +400,7 @@ class NequixCalculator(Calculator):
         place = self.locate(atoms)
         out = self.evaluate(place, again=before is self.listed).cpu().numpy()  # one wait for the GPU
         if not math.isfinite(out[0]):
-            raise ValueError("the energy is not finite: two atoms at one place?")
+            raise ValueError(NOT_FINITE)
         self.results = dict(energy=float(out[0]), free_energy=float(out[0]), forces=out[10:].reshape(-1, 3))
         if atoms.pbc.all():
             self.results["stress"] = full_3x3_to_voigt_6_stress(out[1:10].reshape(3, 3))
@@ -454,7 +456,7 @@ class NequixCalculator(Calculator):
     # Many structures
 
     def edge_budget(self):
-        """Edges of a batch: what fits 0.6 of the free memory, by the memory that 17,000 edges take, and a million at most; on a
+        """Edges of a batch: what fits 0.6 of the free memory, by the memory that 11,000 edges take, and a million at most; on a
         CPU so few that it takes the same memory again and again."""
         if self.max_edges is None:
             self.max_edges = 5_000
@@ -549,8 +551,9 @@ class NequixCalculator(Calculator):
                 finished = None  # dealt with outside of the handler, which holds on to the failed graph
             if finished is None:
                 torch.cuda.empty_cache()
-                self.max_edges //= 2
                 half = len(live) // 2
+                if half:
+                    self.max_edges //= 2
                 waiting.extendleft(reversed(live[half:]))  # these start over
                 if not half:
                     ended.append((waiting.popleft(), None, "out of memory with this structure alone"))
@@ -573,6 +576,8 @@ class NequixCalculator(Calculator):
         vectors = b.vectors + move[b.senders] - move[b.receivers]
         energy = model(b.numbers, vectors, b.senders, b.row_ptr).sum() + 0 * (positions**2).sum()
         (gradient,) = torch.autograd.grad(energy, positions, create_graph=True)
+        if not gradient.isfinite().all():
+            raise ValueError(NOT_FINITE)
         rows = [torch.autograd.grad(g, positions, retain_graph=True)[0].flatten() for g in gradient.flatten()]
         return torch.stack(rows).cpu().numpy()
 
@@ -591,6 +596,18 @@ def read(files):
             raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
 
 
+def check_out(path):
+    """Raises ValueError if nothing can be written there."""
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"--out: there is no folder {Path(path).parent}")
+    try:
+        known = ase.io.formats.get_ioformat(ase.io.formats.filetype(path, read=False))
+    except ase.io.formats.UnknownFileTypeError as e:
+        raise ValueError(f"--out {path}: ASE knows no such format ({e})") from None
+    if not known.can_write:
+        raise ValueError(f"--out {path}: ASE does not write the format {known.name}")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", metavar="FILE", help="anything ASE reads, all frames")
@@ -603,18 +620,22 @@ def main():
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network")
     p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
-    a, failed = p.parse_args(), 0
+    a, failed, out = p.parse_args(), 0, {}
     try:
+        if a.out:
+            check_out(a.out)
         calc = NequixCalculator(a.weights, a.device, a.dtype, a.conv)
-        names, structures = zip(*read(a.files))
-        out = {}
+        frames = list(read(a.files))
+        if not frames:
+            raise ValueError(f"no structures in {', '.join(a.files)}")
+        names, structures = zip(*frames)
         print(f"{'structure':32} {'formula':>16} {'energy':>12} {'energy/atom':>12} {'max force':>10} {'pressure':>10}", end="")
         print(f"{'steps':>7}" if a.relax else "")
         print(f"{'':32} {'':>16} {'eV':>12} {'eV':>12} {'eV/A':>10} {'GPa':>10}")
         if not a.relax:  # constraints take no part
             for atoms in structures:
                 atoms.set_constraint()
-        results = calc.relax(structures, a.fmax, a.steps if a.relax else 0, symprec=a.symprec)
+        results = calc.relax(structures, a.fmax, a.steps if a.relax else 0, symprec=a.symprec if a.relax else None)
         for index, atoms, energy, converged, steps, error in results:
             row = f"{names[index][-32:]:32} {str(atoms.symbols)[:16]:>16} "
             if error:
@@ -622,16 +643,18 @@ def main():
                 failed += 1
                 continue
             out[index], stress = atoms, atoms.calc.results.get("stress")
+            atoms.info |= dict(structure=names[index]) | (dict(steps=steps, converged=converged) if a.relax else {})
             force = np.linalg.norm(atoms.calc.results["forces"], axis=1).max()
             pressure = "-" if stress is None else f"{-stress[:3].mean() / GPa:.3f}"
             row += f"{energy:12.5f} {energy / len(atoms):12.5f} {force:10.4f} {pressure:>10}"
             print(f"{row}{steps:7}{'' if converged else ' not converged'}" if a.relax else row)
-        if a.out and out:
-            ase.io.write(a.out, [out[i] for i in sorted(out)])
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:  # what was finished
+        if a.out and out:
+            ase.io.write(a.out, [out[i] for i in sorted(out)])
     if failed:
         sys.exit(f"error: {failed} of {len(structures)} structures failed")
 

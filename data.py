@@ -387,8 +387,9 @@ def check_geometry(atoms):
     """Raises ValueError: why there can be no neighbour list of an ASE Atoms."""
     if len(atoms) == 0:
         raise ValueError("no atoms")
-    if atoms.numbers.min() < 1:
-        raise ValueError("an unknown element (atomic number 0)")
+    unknown = atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > 118)]
+    if len(unknown):
+        raise ValueError(f"an unknown element (atomic number {unknown[0]})")
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         raise ValueError("positions or cell are not finite")
     periodic = atoms.cell.array[atoms.pbc]

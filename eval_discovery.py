@@ -135,25 +135,32 @@ def to_frame(atoms):
 
 def read_parts(out):
     """Yield ({material_id, energy, steps, converged, error, settings, device, seconds, part}, extxyz frame) of each structure
-    that is done."""
-    seen = {None}
+    that is done; last of those that did not fit the memory, which a rerun tries again."""
+    seen, too_large = {None}, {}
     for name, frame, _ in data.read_frames(sorted(out.glob("parts/*.extxyz"))):
         if isinstance(frame, ValueError) or not frame.endswith("\n"):  # the last of a process that was killed
             continue
         record = {k: v.strip('"') for k, v in re.findall(r'(\w+)=("[^"]*"|\S+)', frame.split("\n", 2)[1])}
         if (material := record.get("material_id")) not in seen:
-            seen.add(material)
-            yield record | dict(part=name.split("#")[0], converged=str(record["converged"] == "T")), frame
+            result = record | dict(part=name.split("#")[0], converged=str(record["converged"] == "T")), frame
+            if record.get("error", "").startswith("out of memory"):
+                too_large[material] = result
+            else:
+                seen.add(material)
+                yield result
+    yield from (result for material, result in too_large.items() if material not in seen)
 
 
 def relax(a, every, calc, rank, ranks, start):
     """Relax this rank's share of the materials `every`, those that are not done yet. start: of its clock, s."""
     done = set()
-    settings = f"weights {calc.fingerprint()}, fmax {a.fmax:g}, steps {a.steps}, {a.dtype}"
+    settings = f"weights {calc.fingerprint()}, fmax {a.fmax:g}, steps {a.steps}, {a.dtype}, "
+    settings += f"structures {data.digest(a.structures, 'md5')[:12]}"
     for record, _ in read_parts(a.out):
         if record["settings"] != settings:
             raise ValueError(f"{a.out} holds a run with {record['settings']}, not {settings}: choose another --out")
-        done.add(record["material_id"])
+        if not record.get("error", "").startswith("out of memory"):
+            done.add(record["material_id"])
     mine = every[rank::ranks]
     left = set(mine) - done
     device = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "cpu"
@@ -280,7 +287,7 @@ def score(summary, error, distance, srme=None):
     else:
         table["unique prototypes"] = of(unique)
         best = np.argsort(np.where(unique, hull + error, np.nan), kind="stable")[:10_000]  # NaN last
-        if np.isnan(hull[unique]).any() or np.isnan(error[best]).any() or not unique[best].all():
+        if len(best) < 10_000 or np.isnan(hull[unique]).any() or np.isnan(error[best]).any() or not unique[best].all():
             left_out.append("10k most stable: needs 10,000 predictions, and all hull distances, among the unique prototypes")
         else:
             table["10k most stable"] = of(best, prevalence=(hull[unique] <= 0).mean())
@@ -362,6 +369,8 @@ def main(argv=None):
             raise ValueError("--shard is I/N, with I from 1 to N")
         if a.n is not None and a.n < 1:
             raise ValueError("--n must be positive")
+        if a.score and (a.relaxed or a.structures):
+            raise ValueError("--score has no structures: leave --relaxed and --structures out")
         run(a, time.perf_counter(), rank, ranks, index)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -7,8 +7,8 @@
 
 Both relax each material and take the forces of supercells with displaced atoms (--stage forces: a GPU, many materials at a
 time), then make force constants, phonons and what follows from them (--stage transport: CPU processes, --workers). Every
-material is on disk once it is done: rerunning a command goes on. --out gets settings.json, forces/ID.npz (delete it to have a
-material done again), results/, mdr.csv or kappa.csv; for kappa conductivity.json.gz in the leaderboard's form; with --plot
+material is on disk once it is done: rerunning a command goes on. --out gets settings.json, forces/ID.npz and results/ID.json.gz
+(delete either to have it done again), mdr.csv or kappa.csv; for kappa conductivity.json.gz in the leaderboard's form; with --plot
 mdr.png, bands.png (of one material) or kappa.png.
 
 mdr: Loew et al. 2025 (npj Comput. Mater., doi:10.1038/s41524-025-01650-1); S, F and C_V of a mole of primitive cells.
@@ -19,13 +19,16 @@ import argparse
 import concurrent.futures
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import sys
+import threading
 import time
 import zlib
 from collections import Counter, deque
@@ -118,14 +121,20 @@ def load_json(path):
 
 def find_mdr(files):
     """{id: arguments of read_mdr}, sorted. Raises OSError or ValueError."""
-    found = {}
+    found, yaml = {}, re.compile(r"\.yaml(\.(bz2|gz|xz))?$")
     for file in map(Path, files):
-        inside = [p for p in file.iterdir() if ".yaml" in p.suffixes] if file.is_dir() else [file]
+        inside = sorted(p for p in file.iterdir() if yaml.search(p.name)) if file.is_dir() else [file]
         if not inside or not all(p.is_file() for p in inside):
             raise FileNotFoundError(f"no file {file}, or a folder without .yaml")
         for p in inside:
-            entries = load_json(p) if ".json" in p.suffixes else ()
-            found |= {e["mp_id"]: (p, e) for e in entries} or {p.name.split(".")[0]: (p,)}
+            try:
+                new = [(e["mp_id"], (p, e)) for e in load_json(p)] if ".json" in p.suffixes else [(yaml.sub("", p.name), (p,))]
+            except (KeyError, TypeError) as e:
+                raise ValueError(f"{p} is no list of structures with an mp_id ({type(e).__name__} {e})") from None
+            for k, where in new:
+                if k in found:
+                    raise ValueError(f"{found[k][0]} and {p} both have a material {k}: give them other names")
+                found[k] = where
     return dict(sorted(found.items()))
 
 
@@ -163,7 +172,32 @@ def read_kappa(path):
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__} {e})".split("\n")[0]) from None
+    if not out:
+        raise ValueError(f"{path} has no structures")
     return out
+
+
+def fingerprint(source, entry=None):
+    """Of a material: of its file, its entry of a file, or what read_kappa made of it."""
+    if isinstance(source, Path) and entry is None:
+        return hashlib.md5(source.read_bytes()).hexdigest()
+    text = json.dumps(entry or source, default=lambda x: x.todict() if isinstance(x, Atoms) else x.tolist())
+    return hashlib.md5(text.encode()).hexdigest()
+
+
+def check_sources(out, materials):
+    """Raises ValueError if forces in `out` are damaged, or were made of other materials of the same id."""
+    for k, (_, *where) in materials.items():
+        path = out / f"forces/{k}.npz"
+        try:
+            with np.load(path) as f:
+                same = str(f["source"]) == fingerprint(*where)
+        except FileNotFoundError:
+            continue
+        except Exception as e:  # numpy raises all kinds
+            raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it and run --stage forces again") from None
+        if not same:
+            raise ValueError(f"{path} was made of another {k}: choose another --out")
 
 
 def read_kappas(path):
@@ -219,6 +253,12 @@ def force_constants(calc, atoms):
     return calc.hessian(atoms).reshape(len(atoms), 3, -1, 3).swapaxes(1, 2)
 
 
+def end_with_parent():
+    """In a worker: should the parent be killed, it does not stay."""
+    gone = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([gone]), os._exit(1)), daemon=True).start()
+
+
 def attempt(job):
     """A function and its arguments: (result, None), or (None, a line that tells why not). In a process of its own."""
     function, *arguments = job
@@ -240,7 +280,8 @@ def forces_stage(a, materials, s, calc, mapped):
     with tqdm(desc="forces", total=len(materials), initial=len(materials) - n, unit="material", disable=None) as bar:
 
         def finish(k, error=None, **arrays):
-            save(files[k], lambda f: np.savez_compressed(f, **(dict(error=error) if error else arrays)))
+            arrays = (dict(error=error) if error else arrays) | dict(source=fingerprint(*materials[k][1:]))
+            save(files[k], lambda f: np.savez_compressed(f, **arrays))
             bar.update()
 
         def displacements():  # of the relaxed ones; whose each is goes to `order`
@@ -431,6 +472,7 @@ def score_row(row, truth):
         "imaginary frequencies": row.get("has_imag_ph_modes"),
         "broken symmetry": row.get("broken_symmetry"),
         "no conductivity": not (np.isfinite(kappa) and np.isfinite(modes).all()),
+        "no mode weights": row.get("mode_weights") is None,
         f"modes {np.shape(modes)}, of the reference {np.shape(true_modes)}": np.shape(modes) != np.shape(true_modes),
     }
     if why := next((k for k, holds in reasons.items() if holds), None):
@@ -472,6 +514,8 @@ def result(k, out, source, s):
     error = str(x["error"]) if "error" in x else error
     if not error:
         row, error = attempt((mdr_result if s["task"] == "mdr" else kappa_result, m, x, s))
+    if (error or "").startswith("MemoryError"):
+        raise MemoryError(f"out of memory with {k}: fewer --workers?")  # another run may do it
     if error:
         row = dict(error=error) if s["task"] == "mdr" else dict(formula=m["name"], errors=[error])
     save_json(out / f"results/{k}.json.gz", row)
@@ -487,9 +531,9 @@ def transport_stage(a, materials, s, mapped):
     made = lambda f: f.stat().st_mtime if f.exists() else -1
     todo = [k for k in there if made(results[k]) < made(forces[k])]
     bar = dict(total=len(there), initial=len(there) - len(todo), unit="material", disable=None)
-    for _, error in tqdm(mapped(attempt, [(result, k, a.out, materials[k], s) for k in todo]), "phonons", **bar):
-        if error:
-            raise OSError(error)
+    done = tqdm(mapped(attempt, [(result, k, a.out, materials[k], s) for k in todo]), "phonons", **bar)
+    if errors := [error for _, error in done if error]:
+        raise OSError(errors[0])
     return {k: load_json(results[k]) for k in there}
 
 
@@ -497,6 +541,8 @@ def settings(a, calc):
     """What the forces in --out depend on: of this command, or without a calculator as found there. Raises ValueError if --out
     holds another run; so the displacements, which are made again, are the same."""
     path = a.out / "settings.json"
+    if not (calc or path.exists()):
+        raise FileNotFoundError(f"there are no forces in {a.out}: run --stage forces first")
     found = load_json(path) if path.exists() or not calc else None
     now = dict(task=a.task) | {name: metadata.version(name) for name in ("phonopy", "phono3py")[: 1 + (a.task == "kappa")]}
     if calc:
@@ -588,8 +634,12 @@ def run(a):
     else:
         truth = read_kappas(a.reference or official("reference"))
         if a.score:
+            if a.n:
+                raise ValueError("--score takes --only, not --n")
             rows = read_kappas(a.score)
-            score_kappa(a.out, {k: rows.get(k) for k in a.only or truth}, truth)
+            kappas = score_kappa(a.out, {k: rows.get(k) for k in a.only or truth}, truth)
+            if a.plot:
+                plot_parity(a.out / "kappa.png", {"kappa (W/m/K)": kappas}, "log")
             return
         need("phono3py", "phonopy", "spglib")
         materials = {k: (dict, m) for k, m in read_kappa(a.structures or official("structures")).items()}
@@ -601,9 +651,10 @@ def run(a):
         materials = {every[k]: materials[every[k]] for k in sorted(np.random.RandomState(0).permutation(len(every))[: a.n])}
     calc = None if a.stage == "transport" else NequixCalculator(a.weights, a.device, a.dtype, a.conv)
     s, mapped, pool = settings(a, calc), map, None
+    check_sources(a.out, materials)
     if (workers := min(a.workers, len(materials))) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))  # of the processes to come
-        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
         mapped = pool.map
     try:
         if calc:

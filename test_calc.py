@@ -364,12 +364,14 @@ def test_out_of_memory_halves_the_budget(calc, monkeypatch):
 
     monkeypatch.setattr(calc_module, "energy_forces_stress", limited)
     results = {r[0]: r for r in calc.relax([*small, large], 0.03, 20)}
-    assert calc.max_edges < 15_000 and "out of memory" in results.pop(30)[-1]
+    assert calc.max_edges < 5_000 and "out of memory" in results.pop(30)[-1]
     assert results.keys() == expected.keys()
     for k, (_, atoms, energy, *rest) in results.items():
         assert energy == pytest.approx(expected[k][2], abs=1e-9) and tuple(rest) == expected[k][3:]
     with pytest.raises(ValueError, match="structure 30: out of memory"):
         calc.predict([*small, large])
+    calc.max_edges = None  # not measured for one structure alone, which does not lower it
+    assert "out of memory" in next(calc.relax([large], 0.03, 20))[-1] and calc.max_edges is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,6 +384,7 @@ BAD = {
     "NaN cell": (Atoms("Na", cell=[np.nan, 3, 3], pbc=True), "not finite"),
     "lacking element": (Atoms("NaFe"), "lacks: Fe"),
     "no element": (Atoms("X"), "unknown element"),
+    "element 200": (Atoms([200]), "atomic number 200"),
     "zero volume": (Atoms("Na", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), "zero volume"),
     "no cell": (Atoms("Na", pbc=True), "zero volume"),
 }
@@ -398,6 +401,8 @@ def test_bad_atoms_are_told(calc, name):
 def test_atoms_at_one_place_are_told(calc):
     with pytest.raises(ValueError, match="not finite: two atoms at one place"):
         calc.get_potential_energy(TWO)
+    with pytest.raises(ValueError, match="not finite: two atoms at one place"):
+        calc.hessian(TWO)
 
 
 def test_command_line(weights, tmp_path):
@@ -415,13 +420,20 @@ def test_command_line(weights, tmp_path):
         expected.calc = calc
         assert atoms.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-6)
         np.testing.assert_allclose(atoms.get_forces(), expected.get_forces(), atol=1e-6)
-    said = run("calc.py", tmp_path / "b.cif", *f64, "--relax", "--steps", 3)
+    assert written[1].info["structure"] == f"{tmp_path}/a.traj#1" and "steps" not in written[1].info
+    said = run("calc.py", tmp_path / "b.cif", *f64, "--relax", "--steps", 3, "--out", tmp_path / "out.extxyz")
     assert said.splitlines()[-1].endswith("3 not converged") and "steps" in said
+    assert ase.io.read(tmp_path / "out.extxyz").info["converged"] == False  # noqa: E712, numpy's
+    for out, words in (("none/out.extxyz", "there is no folder"), ("out.foo", "knows no such format"), ("out", "no such format")):
+        with pytest.raises(ValueError, match=words):
+            calc_module.check_out(tmp_path / out)
 
     ase.io.write(tmp_path / "bad.traj", [bulk("Si"), Atoms("Fe"), bulk("Si")])
     said = run("calc.py", tmp_path / "bad.traj", *f64, ok=False)
     assert "error: elements that the model lacks: Fe" in said and said.strip().endswith("error: 1 of 3 structures failed")
     (tmp_path / "text.xyz").write_text("hello\n")
+    (tmp_path / "blank.extxyz").write_text("\n")
+    assert "error: no structures in" in run("calc.py", tmp_path / "blank.extxyz", *f64, ok=False)
     for bad in ("none.cif", "text.xyz"):
         said = run("calc.py", tmp_path / bad, *f64, ok=False).strip()
         assert said.startswith("error: ") and f"{bad} cannot be read" in said and len(said.splitlines()) == 1

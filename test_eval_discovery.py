@@ -21,7 +21,8 @@ from ase.build import bulk
 
 import eval_discovery
 from calc import NequixCalculator
-from eval_discovery import E_FORM, HULL, main, metrics, read_predictions, read_structures, read_summary, score, to_atoms
+from eval_discovery import E_FORM, HULL, main, metrics, read_parts, read_predictions, read_structures, read_summary
+from eval_discovery import score, to_atoms
 from model import save
 from test_calc import MP1, ase_relaxed
 from test_data import HERE
@@ -310,6 +311,15 @@ def test_rmsd(files, tmp_path, capsys):
 # Bad input
 
 
+def test_what_did_not_fit_the_memory_is_tried_again(tmp_path):
+    frame = '1\nmaterial_id={} energy=1.0 converged=F {}pbc="F F F"\nH 0 0 0\n'
+    (tmp_path / "parts").mkdir()
+    failed = 'error="out of memory with this structure alone" '
+    (tmp_path / "parts/1-0.extxyz").write_text(frame.format("a", failed) + frame.format("b", failed) + frame.format("c", ""))
+    (tmp_path / "parts/2-0.extxyz").write_text(frame.format("a", ""))
+    assert [(r["material_id"], "error" in r) for r, _ in read_parts(tmp_path)] == [("c", False), ("a", False), ("b", True)]
+
+
 def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     on = lambda *more: error_of(capsys, main, command(files, tmp_path / "run", *more))
     damaged = bytearray((files / "many.zip").read_bytes())
@@ -324,7 +334,7 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.csv").touch()
     assert "damaged.zip:part-0.extxyz#0: " in on("--structures", tmp_path / "damaged.zip")
     assert "nor a whole zip" in on("--structures", tmp_path / "cut.zip")
-    assert "no file" in on("--structures", tmp_path / "none.zip")
+    assert "none.zip" in on("--structures", tmp_path / "none.zip")
     assert "no column uncorrected_energy, but material_id" in on("--summary", tmp_path / "columns.csv")
     assert "the ids do not match" in on("--summary", tmp_path / "ids.csv")
     assert "ids twice: wbm-1-1" in on("--summary", tmp_path / "twice.csv")
@@ -333,6 +343,8 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     assert "none.csv" in on("--summary", tmp_path / "none.csv")
     assert "I from 1 to N" in on("--shard", "0/3") and "must be positive" in on("--n", 0)
     assert "holds a run with weights" in error_of(capsys, main, command(files, whole, "--fmax", 0.05))
+    assert "structures" in error_of(capsys, main, command(files, whole, structures="one.zip"))
+    assert "--score has no structures" in on("--score", tmp_path / "ids.csv", "--relaxed", files / "one.zip")
     for column, ids, words in (("x", "wbm-1-1", "no column e_form"), ("e_form_per_atom_x", "mp-1", "ids do not match")):
         scored = write_csv(tmp_path / "p.csv", ["material_id", column], [[ids, 0]])
         assert words in error_of(capsys, main, ["--summary", files / "summary.csv", "--score", scored])

@@ -8,9 +8,11 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import ase.io
 import numpy as np
@@ -318,7 +320,15 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     assert "no file" in mdr(tmp_path / "none.yaml") and "no file" in mdr(tmp_path)
     assert "is damaged" in mdr(tmp_path / "cut.json.gz") and "must be positive" in mdr(files / "mdr", "--n", 0)
     assert "holds a run with fmax 0.0025, not 0.1" in mdr(files / "mdr", "--out", whole, "--fmax", 0.1)
-    assert "settings.json" in mdr(files / "mdr", "--out", tmp_path / "new", "--stage", "transport")
+    assert "run --stage forces first" in mdr(files / "mdr", "--out", tmp_path / "new", "--stage", "transport")
+    assert "is no list of structures with an mp_id" in mdr(tmp_path / "list.json")
+    (tmp_path / "a").mkdir()
+    shutil.copy(files / "mdr/mp-0.yaml", tmp_path / "a/mp-1.yaml")
+    assert "both have a material mp-1" in mdr(files / "mdr", tmp_path / "a")
+    shutil.copytree(whole, tmp_path / "whole")
+    assert "was made of another mp-1" in mdr(tmp_path / "a", "--out", tmp_path / "whole")
+    (tmp_path / "whole/forces/mp-0.npz").write_bytes(b"PK")
+    assert "mp-0.npz is damaged" in mdr(files / "mdr", "--out", tmp_path / "whole", "--stage", "transport")
     assert "no table of conductivities" in error_of(capsys, main, ["kappa", "--reference", tmp_path / "list.json"])
     monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: "4.2.0")
     with pytest.raises(ImportError, match="phono3py 4.2.0: .*pip install"):
@@ -329,6 +339,25 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(eval_phonon.metadata, "version", missing)
     assert "this needs phonopy: pip install" in mdr(files / "mdr")
+
+
+def test_workers_of_a_killed_process_end(tmp_path):
+    code = (
+        "import concurrent.futures, multiprocessing, os, signal\n"
+        "from eval_phonon import end_with_parent\n"
+        "pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), end_with_parent)\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=HERE)
+    assert said.returncode == -signal.SIGKILL
+    for _ in range(100):
+        try:
+            os.kill(int(said.stdout), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker is still there")
 
 
 def test_official_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
