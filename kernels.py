@@ -29,7 +29,8 @@ Kernels: `forward` (of values or tangents), `backward` (of values, or of both), 
 
 Modes. exact=False takes float16 for the operands of matrix products: its significand is TF32's. exact=True takes pairs of
 them, 22 bits, and three products: float32 accuracy. Gradients are brought to about 1 before, so that their size does not
-matter; but features and weights beyond 65504 overflow, and below 6e-5 they lose digits.
+matter; but products of a weight and a feature, or of a feature and a harmonic, beyond 65504 overflow, and below 6e-5 they
+lose digits.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ import functools
 import gc
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,7 +364,7 @@ struct Args {
 // A block's nodes. The first three are fixed, further ones go to the block that asks first, while it is at work: nodes have
 // more or fewer edges, and blocks may begin late.
 struct Turns {
-  int node, begin, end, next_begin;  // edges of the node, and the first one of the next
+  int node, begin, end, next_begin, next_end;  // edges of the node, and of the next one
   DEV Turns(const Args& A, int* slots) : node(blockIdx.x), A(A), slots(slots), next(node + gridDim.x), ahead(next + gridDim.x), slot(0) {
     range(node, begin, end);
     range(next, next_begin, next_end);
@@ -391,7 +393,7 @@ private:
   }
   const Args& A;
   int* slots;  // two, in shared memory
-  int next, next_end, after, after_begin, after_end, ahead, slot;
+  int next, after, after_begin, after_end, ahead, slot;
 };
 """
 
@@ -426,10 +428,12 @@ DEV void forward(const Args& A, int task, char* memory) {{
   Buffer* buffers = (Buffer*)(memory + 16);
   Stored* w3 = (Stored*)(buffers + 2) + warp * N * 2 * PLANE;
   stage<true>(w3, A.w3, FIRST, N, u0, 16, lane, 32);
-  const int n_edges = max((int)A.row_ptr[A.n_atoms], 1);  // there is room for one, if only that
   int turn = 0, j[2][2];
   float rd[2][2];
-  auto prepare = [&](int e0) {{  // what comes next: on its way while the present is at work
+  // What comes next: on its way while the present is at work. The edges are summed over, so those beyond the node's are its last
+  // one again, times zero: those of another structure may not be finite.
+  auto prepare = [&](int e0, int end) {{
+    const int n_edges = max(end, 1);  // there is room for one, if only that
     fetch(buffers[turn][0], A.sh, A.hidden, e0, n_edges, threadIdx.x, blockDim.x);
     if constexpr (TANGENT) fetch(buffers[turn][1], A.shd, A.slope, e0, n_edges, threadIdx.x, blockDim.x);
     EACH(t, 2) EACH(i, 2) {{
@@ -439,14 +443,14 @@ DEV void forward(const Args& A, int task, char* memory) {{
     }}
   }};
   Turns turns(A, (int*)memory);
-  prepare(turns.begin);
+  prepare(turns.begin, turns.end);
   for (; turns.node < A.n_atoms; turns.advance()) {{
     const int node = turns.node, begin = turns.begin, end = turns.end;
     turns.ask();
     if (begin == end) {{
       wait_for_copies();
       __syncthreads();
-      prepare(turns.next_begin);
+      prepare(turns.next_begin, turns.next_end);
     }}
     float z[N][D1][4];
     EACH(p, N) EACH(m, D1) EACH(i, 4) z[p][m][i] = 0;
@@ -462,7 +466,8 @@ DEV void forward(const Args& A, int task, char* memory) {{
       wait_for_copies();
       __syncthreads();
       turn ^= 1;
-      prepare(e0 + 16 < end ? e0 + 16 : turns.next_begin);
+      const bool last = e0 + 16 >= end;
+      prepare(last ? turns.next_begin : e0 + 16, last ? turns.next_end : end);
       if (u0 >= MUL) continue;
       float w[N][2][4], wd[TANGENT ? N : 1][2][4];
       radial16<N, TANGENT>(w, wd, edges, w3, lane);
@@ -972,7 +977,7 @@ extern "C" __global__ void geometry(const Geometry A) {
         float value[2] = {0, 0}, slope[2] = {0, 0};
         EACH(j, 2)
           if (2 * i + j < N_BASIS) {
-            const double k = (double)(float)((2 * i + j + 1) * 3.14159265358979323846) / A.cutoff;  // n pi in float32: see there
+            const double k = (double)((float)(2 * i + j + 1) * 3.14159265f) / A.cutoff;  // a product in float32: see there
             const double f = 2 / A.cutoff * sin(k * v.r) / v.r, df = 2 / A.cutoff * k * cos(k * v.r) / v.r - f / v.r;
             value[j] = (float)(f * fall);
             slope[j] = (float)(df * fall + f * fall_d);
@@ -1582,19 +1587,23 @@ def load_nvrtc():
     return ctypes.CDLL(str(found[0]) if found else name)
 
 
+def cubin(code, capability):
+    """The file that keeps the machine code, and the compiler's options."""
+    options = ["--gpu-architecture=sm_%d%d" % capability, "--std=c++17"]
+    key = repr((torch.version.cuda, options, code)).encode()
+    return cache_folder() / (hashlib.sha256(key).hexdigest()[:32] + ".cubin"), [o.encode() for o in options]
+
+
 def compile_cuda(code, capability):
     """CUDA C++ -> machine code, by the NVRTC that torch has loaded, once: it is kept in the user's cache folder.
 
     Raises RuntimeError with the compiler's log.
     """
-    architecture = "sm_%d%d" % capability
-    cache = cache_folder()
-    file = cache / (hashlib.sha256((architecture + code).encode()).hexdigest()[:32] + ".cubin")
-    if file.exists():
+    file, options = cubin(code, capability)
+    with contextlib.suppress(OSError):
         return file.read_bytes()
     nvrtc, program, size = load_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None), "NVRTC")
-    options = [b"--gpu-architecture=" + architecture.encode(), b"--std=c++17"]
     if nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
@@ -1605,10 +1614,10 @@ def compile_cuda(code, capability):
     check(nvrtc.nvrtcGetCUBIN(program, binary), "NVRTC")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     with contextlib.suppress(OSError):  # a home that can't be written costs time, no more
-        cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_bytes(binary.raw)
-        part.replace(file)  # whole or not at all: other processes may be at it
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # whole or not at all: other processes may be at it
+            (Path(folder) / "part").write_bytes(binary.raw)
+            (Path(folder) / "part").replace(file)
     return binary.raw
 
 
@@ -1620,9 +1629,11 @@ class Module:
         self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # makes torch's context the current one
-            binary = compile_cuda(code, torch.cuda.get_device_capability(device))
-            self.module = ctypes.c_void_p()
-            check(self.cuda.cuModuleLoadData(ctypes.byref(self.module), binary), "loading the kernels")
+            capability, self.module = torch.cuda.get_device_capability(device), ctypes.c_void_p()
+            if self.cuda.cuModuleLoadData(ctypes.byref(self.module), compile_cuda(code, capability)):
+                cubin(code, capability)[0].unlink(missing_ok=True)  # damaged? once more
+                binary = compile_cuda(code, capability)
+                check(self.cuda.cuModuleLoadData(ctypes.byref(self.module), binary), "loading the kernels")
 
     def function(self, name):
         if name not in self.functions:
@@ -1861,6 +1872,9 @@ class Conv(torch.autograd.Function):
         for t, shape, name in zip((x, sh, hidden, w3), shapes, ("x", "sh", "hidden", "w3")):
             if t.shape != shape or t.dtype != torch.float32 or t.device != k.device:
                 raise ValueError(f"{name} should be {shape} float32 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}")
+        for t, name in ((senders, "senders"), (row_ptr, "row_ptr")):
+            if t.ndim != 1 or t.dtype != torch.int64 or t.device != k.device:
+                raise ValueError(f"{name} should be (n,) int64 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}")
         x, w3, senders, row_ptr = (t.contiguous() for t in (x, w3, senders, row_ptr))
         ctx.k, sh, hidden = k, k.harmonics(sh), k.stored(hidden)
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
@@ -1887,6 +1901,8 @@ class Edges(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k, vectors, cutoff, p):
+        if vectors.dtype != torch.float64:
+            raise ValueError(f"edge vectors should be float64, not {vectors.dtype}")
         ctx.k, vectors = k, vectors.contiguous()
         ctx.save_for_backward(vectors)
         n, lmax = len(vectors), k.shape.lmax
@@ -1917,11 +1933,12 @@ class ForceConv(torch.autograd.Function):
     """The convolution as a function of x and of the edges' vectors. `radial` gives hidden (2, e, K) of a slice of the edges, its
     values and derivatives by r; it is asked for PIECE edges at a time, and again in the backward, if `hidden` is None. Writes
     to `out`, and returns it; adds its gradients by harmonics and r to `gsh` and `gr`, and leaves that by x in `gx`; out and
-    gx are made if None. The first layer, whose backward is the last, is given what `Edges` returned, and returns the sums."""
+    gx are made if None. The last layer, whose backward is the first, begins the sums; the first layer is given what `Edges`
+    returned, and returns them."""
 
     @staticmethod
-    def forward(ctx, k, x, by_sh, by_r, sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr):
-        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr, ctx.first = k, radial, gx, gsh, gr, by_sh is not None
+    def forward(ctx, k, x, by_sh, by_r, sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr, last):
+        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr, ctx.first, ctx.last = k, radial, gx, gsh, gr, by_sh is not None, last
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
         out = x.new_empty(len(x), k.shape.y_dim) if out is None else out
         for nodes, edges, part, hidden in pieces(row_ptr, radial, hidden):
@@ -1934,13 +1951,16 @@ class ForceConv(torch.autograd.Function):
     def backward(ctx, gy):
         x, sh, hidden, w3, senders, row_ptr = ctx.saved_tensors
         gx, gy = None, gy.contiguous()
+        if ctx.last:
+            ctx.gsh.zero_()
+            ctx.gr.zero_()
         if ctx.needs_input_grad[1]:
             gx = torch.zeros_like(x) if ctx.gx is None else ctx.gx.zero_()
         for nodes, edges, part, hidden in pieces(row_ptr, ctx.radial, hidden):
             tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh[edges], gr=ctx.gr[edges])
             ctx.k.backward(0, x, sh[edges], hidden[0], w3, senders[edges], part, gy[nodes], **tensors)
             del hidden, tensors
-        return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 10
+        return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 11
 
 
 PIECE = 4_000_000  # edges
@@ -1951,7 +1971,7 @@ def pieces(row_ptr, radial, hidden):
     if hidden is not None:
         yield slice(None), slice(None), row_ptr, hidden
         return
-    marks = torch.arange(PIECE, int(row_ptr[-1]), PIECE, device=row_ptr.device)
+    marks = torch.arange(PIECE, max(int(row_ptr[-1]), PIECE), PIECE, device=row_ptr.device)
     cuts = sorted({0, *(torch.searchsorted(row_ptr, marks, right=True) - 1).tolist(), len(row_ptr) - 1})
     for a, b in zip(cuts, cuts[1:]):
         begin, end = row_ptr[[a, b]].tolist()

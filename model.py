@@ -75,6 +75,7 @@ def monomials(u):
 
 
 @functools.lru_cache
+@torch.inference_mode(False)  # it is kept for others
 def harmonics_of_monomials(device):
     """(40, 16) float64 of least norm: the harmonics as polynomials, one matrix product in place of 60 small kernels."""
     u = torch.nn.functional.normalize(torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
@@ -133,6 +134,7 @@ def receivers_of(row_ptr, n_edges):
 
 
 @functools.lru_cache
+@torch.inference_mode(False)  # it is kept for others
 def make_conv(kind, muls, lmax, l_out, dtype, device):
     """The convolution for features of `muls` channels. kind: "torch", or "oeq" (CUDA, `pip install openequivariance`). What
     "fused" runs is in kernels.py: there norm, gate and radial MLP belong to it, and `Nequix.fused` is built of them."""
@@ -173,14 +175,15 @@ def oeq_conv(muls, lmax, l_out, dtype, device):
 
     ps = paths(len(muls) - 1, lmax, l_out)
     parity = "eo"
+    real = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
     problem = oeq.TPProblem(
         "+".join(f"{mul}x{l}{parity[l % 2]}" for l, mul in enumerate(muls)),
         "+".join(f"1x{l}{parity[l % 2]}" for l in range(lmax + 1)),
         "+".join(f"{muls[l1]}x{l3}{parity[l3 % 2]}" for l3, l1, _ in ps),
         [(l1, l2, i, "uvu", True) for i, (_, l1, l2) in enumerate(ps)],
         shared_weights=False,
-        irrep_dtype={torch.float32: np.float32, torch.float64: np.float64}[dtype],
-        weight_dtype={torch.float32: np.float32, torch.float64: np.float64}[dtype],
+        irrep_dtype=real,
+        weight_dtype=real,
         layout="ir_mul",
     )
     kernel = oeq.TensorProductConv(problem, deterministic=False)
@@ -362,6 +365,8 @@ class Nequix(nn.Module):
         if config["layers"] < 1 or config["cutoff"] <= 0:
             raise ValueError("layers and cutoff must be positive")
         n_species = len(config["atomic_numbers"])
+        if len(config["atom_energies"]) != n_species or not all(0 < z < 119 for z in config["atomic_numbers"]):
+            raise ValueError("a model needs an energy for each of its atomic numbers, and these between 1 and 118")
         muls = [[n_species], *[hidden] * (config["layers"] - 1), hidden[:1]]
         self.layers = nn.ModuleList(Layer(i, o, config) for i, o in zip(muls, muls[1:]))
         self.readout = nn.ParameterList([randn(hidden[0], 1)])
@@ -385,7 +390,7 @@ class Nequix(nn.Module):
         c, x = self.config, one_hot(self.species[numbers], len(self.e0)).float()
         k = self.layers[0].kernels()
         sh, basis, by_sh, by_r = kernels.Edges.apply(k, vectors, c["cutoff"], c["polynomial_p"])
-        gsh, gr = x.new_zeros(by_sh.shape), x.new_zeros(by_r.shape)
+        gsh, gr = x.new_empty(by_sh.shape), x.new_empty(by_r.shape)
         state = x, sh, basis, senders, row_ptr, []
         for layer in self.layers:
             k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
@@ -397,9 +402,9 @@ class Nequix(nn.Module):
                 state[-1].append((hidden, x.new_empty(2 * n, k.shape.y_dim), x.new_zeros(2 * n, k.shape.x_dim)))
                 out, gx = state[-1][-1][1][:n], state[-1][-1][2][n:]
             edges = (by_sh, by_r) if layer is self.layers[0] else (None, None)
-            tensors = sh, radial, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out, gx, gsh, gr
+            tensors = sh, radial, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out, gx, gsh, gr, layer is self.layers[-1]
             x = layer.fused(x, lambda h: kernels.ForceConv.apply(k, h, *edges, *tensors), False)
-        energy = x @ (self.readout[0] * len(self.readout[0]) ** -0.5)
+        energy = x @ (self.readout[0].detach() * len(self.readout[0]) ** -0.5)
         return c["scale"] * energy.flatten().double() + c["shift"], state
 
     def fused_tangent(self, vectors, vectors_d, state):
@@ -417,7 +422,8 @@ class Nequix(nn.Module):
     def forward(self, numbers, vectors, senders, row_ptr):
         """Energy of each atom, eV, (A,) float64, without E0.
 
-        numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv.
+        numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv. With fused
+        kernels (the default on CUDA) differentiable by the vectors alone; train.loss_and_gradient has the weights' gradients.
         """
         c = self.config
         conv = self.chosen_conv()

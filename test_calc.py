@@ -75,12 +75,12 @@ def test_calculator_reproduces_the_official_values(mp1, dtype):
                 atoms.get_stress()
         else:
             errors["stress"] = atoms.get_stress(voigt=False) - case["stress"]
-        worst = worst | {k: max(worst[k], np.abs(v).max()) for k, v in errors.items()}
+        worst |= {k: np.maximum(worst[k], np.abs(v).max()) for k, v in errors.items()}  # which keeps a NaN
     print(f"\n{calc.device} {dtype}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
     if dtype == "float64":
         assert worst["energy"] < 1e-6 and worst["energies"] < 1e-9 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
     else:
-        assert worst["energy"] < 2e-5 and worst["energies"] < 1e-5 and worst["relative"] < 2e-4
+        assert worst["energy"] < 2e-5 and worst["energies"] < 1e-5 and worst["relative"] < 2e-4 and worst["stress"] < 1e-5
 
 
 @needs_shared
@@ -308,7 +308,7 @@ def test_relax_reaches_ases_own_minimum(mp1):
         expected, expected_energy, *rest = ase_relaxed(structures[i], mp1, 0.02, 500)
         difference = 1000 * abs(energy - expected_energy) / len(atoms)
         print(f"{i} {atoms.symbols}: {difference:.4f} meV/atom; steps {steps}, ASE {rest[1]}; converged {converged}, ASE {rest[0]}")
-        worst, ours, theirs = max(worst, difference), ours + converged, theirs + rest[0]
+        worst, ours, theirs = np.maximum(worst, difference), ours + converged, theirs + rest[0]
         assert error is None
     print(f"{n} structures: largest difference {worst:.4f} meV/atom; converged {ours}, ASE {theirs}")
     assert worst < 1
