@@ -6,9 +6,10 @@
     python bench_speed.py relax wbm.extxyz --weights nequix-mp-1       # structures/s against ASE one by one
     python bench_speed.py nve --weights nequix-mp-1                    # meV/atom/ps, float32 and float64
 
-infer and train write a table, a CSV file and the log to --out (under torchrun the table alone). Each model runs in a process of its own, and they take turns: size
-by size, one after another, on one GPU. Times are those of synchronised clocks: the median of --steps steps after five that are
-not counted, with the first and the last decile. What is missing or fails is listed with the reason.
+infer and train write a table, a CSV file and the log to --out (under torchrun the table alone). Each model runs in a process of
+its own, and they take turns: size by size, one after another, on one GPU. Times are those of synchronised clocks: the median of
+--steps steps after five that are not counted, with the first and the last decile. What is missing or fails is listed with the
+reason.
 """
 
 import argparse

@@ -714,7 +714,7 @@ def download(url, path):
 
 
 def fetch_figshare(number, path, md5):
-    """Path of a file of figshare, downloaded if it is not there, and checked against an md5 (or None). Raises OSError or ValueError, a line each."""
+    """Path of a file of figshare, downloaded if it is not there, and checked if an md5 is known. Raises OSError or ValueError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():

@@ -1439,13 +1439,16 @@ def node_source(muls_out, norm):
     heads = (
         f"#define NS {muls_out[0]}\n#define NDIM {v_off[-1]}\n#define FDIM {o_off[-1]}\n#define WN {w_off[-1]}\n"
         f"#define NORM {int(norm)}\n#define C_SILU {SILU_NORM!r}f\nDEV float weight_of(int i) {{ return {weight}; }}\n"
-        "struct Nodes;\nstruct Sums;\ntemplate <bool DUAL> DEV void gated(const Nodes&, const float*, const float*, float*, float*, float, float, int);\n"
-        "template <bool DUAL> DEV void gated_back(const Nodes&, Sums&, float*, const float*, const float*, const float*, const float*, float*, float*, float, float, int);\n"
+        "struct Nodes;\nstruct Sums;\n"
+        "template <bool DUAL> DEV void gated(const Nodes&, const float*, const float*, float*, float*, float, float, int);\n"
+        "template <bool DUAL> DEV void gated_back(const Nodes&, Sums&, float*, const float*, const float*, const float*, "
+        "const float*, float*, float*, float, float, int);\n"
         "DEV void store_gw(float*, const float*, int);\n"
     )
-    tails = ["template <bool DUAL>", "DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd, float inv, float invd, int lane) {", *calls, "}"]
-    tails += ["template <bool DUAL>", "DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd, const float* g,"]
-    tails += ["    const float* gd, float* out, float* outd, float inv, float invd, int lane) {", *back, "}"]
+    tails = ["template <bool DUAL>", "DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd,"]
+    tails += ["    float inv, float invd, int lane) {", *calls, "}"]
+    tails += ["template <bool DUAL>", "DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd,"]
+    tails += ["    const float* g, const float* gd, float* out, float* outd, float inv, float invd, int lane) {", *back, "}"]
     tails += ["DEV void store_gw(float* gw, const float* mine, int lane) {"]
     tails += [f"  EACH(i, {lanes(n)}) if (lane + 32 * i < {n}) gw[{at} + lane + 32 * i] = mine[{slot} + i];" for at, n, slot in stores] + ["}"]
     for dual in "false", "true":
