@@ -501,7 +501,7 @@ def compare_gradients(model, exact):
 @needs_device
 def test_a_structure_without_an_energy_spoils_no_other(monkeypatch):
     """Two atoms at one place. And a second backward gives what the first one gave."""
-    model = random_model(hidden="12x0e+6x1o", layers=3)
+    model = random_model(hidden="12x0e+6x1o", layers=2)
     if not torch.cuda.is_available():
         monkeypatch.setattr(nequix, "fused_kernels", fused_on_cpu)
         monkeypatch.setattr(nequix, "choose_conv", lambda *_: "fused")
