@@ -636,25 +636,26 @@ def main():
             for atoms in structures:
                 atoms.set_constraint()
         results = calc.relax(structures, a.fmax, a.steps if a.relax else 0, symprec=a.symprec if a.relax else None)
-        for index, atoms, energy, converged, steps, error in results:
-            row = f"{names[index][-32:]:32} {str(atoms.symbols)[:16]:>16} "
-            if error:
-                print(f"{row}error: {error}")
-                failed += 1
-                continue
-            out[index], stress = atoms, atoms.calc.results.get("stress")
-            atoms.info |= dict(structure=names[index]) | (dict(steps=steps, converged=converged) if a.relax else {})
-            force = np.linalg.norm(atoms.calc.results["forces"], axis=1).max()
-            pressure = "-" if stress is None else f"{-stress[:3].mean() / GPa:.3f}"
-            row += f"{energy:12.5f} {energy / len(atoms):12.5f} {force:10.4f} {pressure:>10}"
-            print(f"{row}{steps:7}{'' if converged else ' not converged'}" if a.relax else row)
+        try:
+            for index, atoms, energy, converged, steps, error in results:
+                row = f"{names[index][-32:]:32} {str(atoms.symbols)[:16]:>16} "
+                if error:
+                    print(f"{row}error: {error}")
+                    failed += 1
+                    continue
+                out[index], stress = atoms, atoms.calc.results.get("stress")
+                atoms.info |= dict(structure=names[index]) | (dict(steps=steps, converged=converged) if a.relax else {})
+                force = np.linalg.norm(atoms.calc.results["forces"], axis=1).max()
+                pressure = "-" if stress is None else f"{-stress[:3].mean() / GPa:.3f}"
+                row += f"{energy:12.5f} {energy / len(atoms):12.5f} {force:10.4f} {pressure:>10}"
+                print(f"{row}{steps:7}{'' if converged else ' not converged'}" if a.relax else row)
+        finally:  # what was finished, also when interrupted
+            if a.out and out:
+                ase.io.write(a.out, [out[i] for i in sorted(out)])
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:  # what was finished
-        if a.out and out:
-            ase.io.write(a.out, [out[i] for i in sorted(out)])
     if failed:
         sys.exit(f"error: {failed} of {len(structures)} structures failed")
 

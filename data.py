@@ -28,7 +28,7 @@ import threading
 import urllib.request
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -479,7 +479,8 @@ def pack_job(job, max_force, need_stress):
 def names_of(files):
     """Of each file the name, where another has the same the whole path."""
     names = [Path(f).name for f in files]
-    return [name if names.count(name) == 1 else str(f) for name, f in zip(names, files)]
+    count = Counter(names)
+    return [name if count[name] == 1 else str(f) for name, f in zip(names, files)]
 
 
 def read_frames(files):
