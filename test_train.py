@@ -19,7 +19,7 @@ import model as nequix
 from data import PackedSet
 from test_data import HERE, batch_of, labelled, run
 from test_model import SHARED, needs_shared, small_model
-from train import batch_loss, evaluate, label_counts, learning_rate, parse_args, trouble, validate_weights
+from train import FAST, batch_loss, evaluate, label_counts, learning_rate, parse_args, trouble, validate_weights
 
 SMALL = "--hidden 8x0e+4x1o --lmax 1 --layers 2 --radial-size 8 --batch 6 --dtype float64 --device cpu --seed 3".split()
 
@@ -88,6 +88,25 @@ def test_learning_rate_of_optax():
     """warmup_cosine_decay_schedule(0.002, 0.01, 10, 100, 1e-6): values printed by optax 0.2.5."""
     rates = [learning_rate(step, 100, 10, 0.01) for step in (0, 5, 10, 55, 100)]
     assert rates == pytest.approx([0.002, 0.006, 0.01, 0.0050005, 1e-6], rel=1e-9)
+
+
+def test_linear_decay_of_torch():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, 1, 10)
+    down = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 1e-4, 90)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [10])
+    for step in range(100):
+        assert learning_rate(step, 100, 10, 0.01, "linear") == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_recipes():
+    """The fast recipe changes defaults; what is given on the command line counts; weights bring their own cutoff."""
+    fast, paper = (parse_args(["--recipe", name, "--batch", "7"]) for name in ("fast", "paper"))
+    assert fast.batch == paper.batch == 7 and paper == parse_args(["--batch", "7"])
+    assert {k: getattr(fast, k) for k in FAST if k != "batch"} == {k: v for k, v in FAST.items() if k != "batch"}
+    assert parse_args(["--recipe", "fast", "--init", "x"]).lr == FAST["lr"]
 
 
 def test_a_loss_that_explodes_is_told():

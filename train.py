@@ -53,6 +53,7 @@ def arg(default, help, **kwargs):
 class Args:
     data: str = arg("", "packed set (default: data/mptrj if packed, else data/sample, fetched if absent)")
     out: str = arg("", "folder of the run (default: runs/ and the name of the set)")
+    recipe: str = arg("paper", "defaults of what follows: Table A.1 of the paper, or the mini track's record", choices=["paper", "fast"])
     # model
     init: str = arg("", "start from these weights, their architecture and statistics: a name or a file", metavar="WEIGHTS")
     refit_e0: bool = arg(False, "with --init: fit the atoms' energies to the training frames first")
@@ -70,6 +71,8 @@ class Args:
     batch: int = arg(256, "structures a step, over all ranks")
     optimizer: str = arg("muon", "optimizer", choices=["muon", "adamw"])
     lr: float = arg(0.01, "peak learning rate")
+    vector_lr: float = arg(1.0, "times --lr: of the norms' weights, which Muon leaves to Adam")
+    decay: str = arg("cosine", "of the learning rate, to 1e-6", choices=["cosine", "linear"])
     weight_decay: float = arg(1e-3, "of the weight matrices; multiplies the learning rate")
     warmup_epochs: float = arg(0.1, "linear warm-up, from 0.2 of the peak")
     grad_clip: float = arg(100.0, "largest norm of the gradient")
@@ -93,9 +96,9 @@ class Args:
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
-FREE = "data out conv device max_edges eval_every save_every validate frames test".split()  # may change between resumptions
+FREE = "data out recipe conv device max_edges eval_every save_every validate frames test".split()  # may change between resumptions
 
-
+FAST = dict(cutoff=5.0, epochs=12.0, batch=128, lr=0.1, vector_lr=2.0, decay="linear", weight_decay=0.1, ema=0.9)
 ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
 
 
@@ -107,8 +110,10 @@ def parse_args(argv=None):
         if f.type is not bool and f.default not in ("", 0):
             help["help"] += f" (default: {f.default})"
         p.add_argument("--" + f.name.replace("_", "-"), **kind, **help)
+    if p.parse_known_args(argv)[0].recipe == "fast":
+        p.set_defaults(**FAST)
     a = Args(**vars(p.parse_args(argv)))
-    for name in "batch lr layers cutoff n_basis radial_size radial_layers epochs save_every grad_clip".split():
+    for name in "batch lr vector_lr layers cutoff n_basis radial_size radial_layers epochs save_every grad_clip".split():
         if not 0 < getattr(a, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
     if a.refit_e0 and not a.init:
@@ -119,7 +124,7 @@ def parse_args(argv=None):
     if not 0 <= a.ema < 1:
         raise ValueError(f"--ema must be at least 0 and below 1, not {a.ema}")
     for name in [*ARCHITECTURE, "no_norm"]:
-        if a.init and getattr(a, name) != getattr(Args, name):
+        if a.init and getattr(a, name) != p.get_default(name):
             raise ValueError(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
     for name in "steps max_edges eval_every frames seed weight_decay warmup_epochs energy_weight force_weight stress_weight".split():
         if not 0 <= getattr(a, name) < math.inf:
@@ -296,12 +301,12 @@ def default_max_edges(model, device):
     return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / (12 * 4 * floats)), 10_000)
 
 
-def learning_rate(step, total, warmup, peak):
-    """optax.warmup_cosine_decay_schedule: from 0.2 of the peak, linear, then a cosine to 1e-6 at `total`."""
+def learning_rate(step, total, warmup, peak, decay="cosine"):
+    """From 0.2 of the peak up, linear, then to 1e-6 at `total` along a cosine (optax.warmup_cosine_decay_schedule) or a line."""
     if step < warmup:
         return peak * (0.2 + 0.8 * step / warmup)
     x = min((step - warmup) / max(total - warmup, 1), 1)
-    return 1e-6 + (peak - 1e-6) * 0.5 * (1 + math.cos(math.pi * x))
+    return 1e-6 + (peak - 1e-6) * (0.5 * (1 + math.cos(math.pi * x)) if decay == "cosine" else 1 - x)
 
 
 def make_optimizer(params, a):
@@ -346,8 +351,10 @@ def draw_curve(path, history, targets):
 
 
 def sources():
+    """The text of all scripts that a run depends on, and its sha256."""
     here = Path(__file__).parent
-    return "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split())
+    text = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split())
+    return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_header(a, packed, device, ranks, model):
@@ -355,8 +362,9 @@ def run_header(a, packed, device, ranks, model):
     smi = ""
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    text, sha256 = sources()
     return (
-        f"{sources()}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}"
+        f"{text}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}sources: sha256 {sha256}\n"
         f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
         f"{ranks} x {name}, convolution: {model.chosen_conv()}\n"
         f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n"
@@ -505,7 +513,7 @@ def train(a, device, dtype, rank, ranks):
     # Resume. Nothing is drawn at random after the initial weights; the position in the data is the step.
     step, train_s, gpu_h, history, losses = 0, 0.0, 0.0, [], deque(maxlen=1000)
     fixed = {k: v for k, v in asdict(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
-    sources_sha256, edited = hashlib.sha256(sources().encode()).hexdigest(), False
+    (_, sources_sha256), edited = sources(), False
     state_file, previous_file, resumed = out / "state.pt", out / "state.previous.pt", False
     if previous_file.exists() and not state_file.exists() and rank == 0:  # killed between the two renames of save()
         os.replace(previous_file, state_file)
@@ -669,8 +677,9 @@ def train(a, device, dtype, rank, ranks):
         if done:
             done.record()
         grad *= (a.grad_clip / (norm + 1e-6)).clamp(max=1)
+        rate = learning_rate(step, total, a.warmup_epochs * steps_per_epoch, a.lr, a.decay)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, a.warmup_epochs * steps_per_epoch, a.lr)
+            group["lr"] = rate * (a.vector_lr if group.get("kind") == "adam" else 1)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(ema_params, params, 1 - min(a.ema, (1 + step) / (10 + step)))

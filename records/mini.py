@@ -3,6 +3,7 @@
     python records/mini.py runs/mini --seeds 5 [options of train.py]                # one after another, by the clock
     python records/mini.py runs/mini --seeds 5 --at-once 3 [options of train.py]    # several share the GPU: seconds mean nothing
     python records/mini.py runs/mini --seeds 5 --test [options of train.py]         # and the errors on the test split, once
+    python records/mini.py records/2026-11-23_mini_baseline --seeds 5 --read        # of logs that are there
 
 The options of train.py begin with --data data/sample --tf32. OUT/seedK gets the logs; a rerun goes on.
 """
@@ -32,10 +33,11 @@ def python(*command):
     return done.stdout
 
 
-def run(out, seed, options):
-    """The three errors on the validation split, and GPU-seconds, of train.py with this seed."""
+def run(out, seed, options, read):
+    """The three errors on the validation split, and GPU-seconds, of train.py with this seed; read: of a run before."""
     folder = out / f"seed{seed}"
-    python(*TRAIN, *options, "--seed", seed, "--out", folder)
+    if not read:
+        python(*TRAIN, *options, "--seed", seed, "--out", folder)
     *mae, hours = (float(x) for x in FINAL.findall((folder / "log.txt").read_text())[-1])
     return [*mae, 3600 * hours]
 
@@ -59,13 +61,14 @@ def main():
     p.add_argument("out", type=Path)
     p.add_argument("--seeds", type=int, default=5, help="default: 5")
     p.add_argument("--at-once", type=int, default=1, help="runs that share the GPU (default: 1)")
+    p.add_argument("--read", action="store_true", help="train nothing: take the logs that are there")
     p.add_argument("--test", action="store_true", help="the errors on the test split too")
     p.add_argument("--targets", type=float, nargs=3, metavar="MAE", help="of energy, forces and stress")
     a, options = p.parse_known_args()
     if min(a.seeds, a.at_once) < 1:
         p.error("--seeds and --at-once must be positive")
     with concurrent.futures.ThreadPoolExecutor(a.at_once) as pool:
-        rows = list(pool.map(lambda seed: run(a.out, seed, options), range(a.seeds)))
+        rows = list(pool.map(lambda seed: run(a.out, seed, options, a.read), range(a.seeds)))
     text = table("validation", rows, range(a.seeds), a.targets)
     if a.at_once > 1:
         text += f"\nGPU-seconds of {a.at_once} runs at once: no record"
