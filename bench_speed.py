@@ -149,13 +149,14 @@ def race(kind, jobs, models, options, a):
     pythons = dict(p.split("=", 1) for p in a.python)
     if unknown := pythons.keys() - MODELS[kind].keys():
         raise ValueError(f"--python: no model {', '.join(unknown)}")
+    rows, lines = [], []
     with open(a.out / "log.txt", "w") as log:
         remotes = [Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models]
-        first = {r.name: r.reply() for r in remotes}  # they start side by side
-        lines = [f"{name}: {reply.get('what') or 'left out: ' + reply['error']}" for name, reply in first.items()]
-        print("\n".join(lines), flush=True)
-        rows, given_up = [], {name: reply["error"] for name, reply in first.items() if "error" in reply}
         try:
+            first = {r.name: r.reply() for r in remotes}  # they start side by side
+            lines += [f"{name}: {reply.get('what') or 'left out: ' + reply['error']}" for name, reply in first.items()]
+            print("\n".join(lines), flush=True)
+            given_up = {name: reply["error"] for name, reply in first.items() if "error" in reply}
             for job, r in itertools.product(jobs, remotes):
                 group = (r.name, *list(job.values())[:-1])
                 if r.name in given_up or group in given_up:
@@ -167,8 +168,9 @@ def race(kind, jobs, models, options, a):
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         except KeyboardInterrupt:
             lines.append("stopped before the end")
-        for r in remotes:
-            r.close()
+        finally:  # what still compiles would be in the way of whatever comes next
+            for r in remotes:
+                r.close()
     if not rows:
         raise ValueError(f"no model could be timed; {a.out / 'log.txt'} may say more")
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
