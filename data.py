@@ -654,8 +654,9 @@ def split_sample(a, n):
     return np.where(force > 20, EXCLUDED, split)
 
 
-def fetch_sample(out="data/sample", workers=None):
-    """DFT (PBE, PBE+U) frames of the MatterSim benchmark sets, out of its source distribution, which pip fetches."""
+def fetch_sample(out="data/sample", workers=None, more=()):
+    """DFT (PBE, PBE+U) frames of the MatterSim benchmark sets, out of its source distribution, which pip fetches. more: files
+    whose frames are trained on as well."""
     folder, (name, sha256) = Path(out).parent, SAMPLE
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
@@ -680,8 +681,8 @@ def fetch_sample(out="data/sample", workers=None):
                 if "/data/benchmarks/" in m.name and m.name.endswith(".xyz"):
                     files.append(Path(tmp) / Path(m.name).name)
                     files[-1].write_bytes(tar.extractfile(m).read())
-        source = "mattersim 1.2.3 data/benchmarks (MIT; MPtrj CC-BY-4.0)"
-        pack(sorted(files), out, source, split_sample, unique=True, workers=workers)
+        source = ", ".join(["mattersim 1.2.3 data/benchmarks (MIT; MPtrj CC-BY-4.0)", *(Path(f).name for f in more)])
+        pack([*sorted(files), *more], out, source, split_sample, unique=True, workers=workers)
 
 
 def download(url, path):

@@ -1,0 +1,284 @@
+"""Variants of a recipe of train.py, which change one thing each: short runs in one process, a line of JSON in and out.
+
+    python records/ablate.py data/sample runs/ablate.jsonl --base '{"batch": 128, "steps": 422}' < variants.txt
+
+The first run is the base, with {}; then each line is added to the base. Keys are options of train.py (lr, vector_lr, decay, weight_decay,
+warmup_epochs, batch, steps, seed, cutoff, hidden, lmax, layers), and
+    seconds: as many steps as fit, in place of steps     weights: [energy, force, stress] of the loss
+    momentum, orthogonal_steps: Muon's                   polar: the coefficients of Polar Express (Amsel et al. 2025)
+    momentum_warmup: steps, from 0.85                    normuon: decay of NorMuon's second moments (Li et al. 2025)
+    cautious: decay only where it agrees with the step   soap: Adam in Shampoo's basis (Vyas et al. 2024), then Muon
+    adam_ends: Adam for one-hot input and readout        huber: eV/atom and eV/A up to which the loss is quadratic
+    init: of the initial matrices, times                 float32: no TF32
+    energy_first: part of the steps, on energies alone   cutoff_first, batch_first: [value, part of the steps]
+A result has the steps, the ms of one, and the three errors on the validation split, of the last weights and of averages.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import muon
+import train
+from data import PackedSet, micro_batches, prefetch, step_indices
+from model import Nequix
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
+AVERAGES = 0.9, 0.97, 0.99, 0.999
+POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601)]
+POLAR += [(3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372)]
+POLAR += [(2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
+newton_schulz, paper_loss = muon.orthogonalize, train.batch_loss
+
+
+def polar_express(x, steps=5, eps=1e-8):
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + eps)
+    for a, b, c in POLAR[:steps]:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Variant(muon.Muon):
+    """Muon with what `v` asks for."""
+
+    def __init__(self, matrices, vectors, v, **options):
+        torch.optim.Optimizer.__init__(self, [dict(params=matrices, kind="muon"), dict(params=vectors, kind="adam")], options)
+        self.v = v
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, lr = group["params"], group["lr"]
+            sizes = [p.numel() for p in params]
+            grad = torch.cat([p.grad.flatten() for p in params])
+            group["t"] += 1
+            if group["kind"] == "muon":
+                ahead = self.lookahead(group, grad, group["momentum"])
+                ahead = self.soap(group, ahead, grad) if self.v.get("soap") else ahead
+                update = self.orthogonal(params, ahead, group["steps"])
+            else:
+                square = self.moment(group, "square", grad.square(), 0.999) / (1 - 0.999 ** group["t"])
+                update = self.lookahead(group, grad, 0.9) / (square.sqrt() + 1e-8)
+            updates = [u.view_as(p) for u, p in zip(update.split(sizes), params)]
+            if group["kind"] == "muon":
+                if beta := self.v.get("normuon"):
+                    updates = self.by_row(group, updates, beta)
+                for p, u in zip(params, updates) if self.v.get("cautious") else ():
+                    p -= lr * group["weight_decay"] * p * (u * p > 0)
+                if not self.v.get("cautious"):
+                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-lr)
+
+    def by_row(self, group, updates, beta):
+        """Each output's part of an update over its root mean square, all to the norm that they had."""
+        mean = torch.cat([u.square().mean(0) for u in updates])
+        mean = self.moment(group, "rows", mean, beta) / (1 - beta ** group["t"])
+        scaled = [u / (m.sqrt() + 1e-10) for u, m in zip(updates, mean.split([u.shape[1] for u in updates]))]
+        return [s * (u.norm() / (s.norm() + 1e-10)) for s, u in zip(scaled, updates)]
+
+    def soap(self, group, ahead, grad):
+        """Adam's division in the eigenvectors of the moments of G G^T and G^T G, which a QR iteration follows."""
+        out, sizes = [], [p.numel() for p in group["params"]]
+        for p, m, g in zip(group["params"], ahead.split(sizes), grad.split(sizes)):
+            state, m, g = self.state[p], m.view_as(p), g.view_as(p)
+            if "q" not in state:
+                eye = lambda n: torch.eye(n, device=p.device) if n <= 256 else None  # a wide side stays as it is
+                state.update(q=[eye(n) for n in p.shape], moments=[None if q is None else q * 0 for q in map(eye, p.shape)])
+                state["square"] = torch.zeros_like(p)
+            for k, gram in enumerate((g @ g.T, g.T @ g) if p.shape[1] <= 256 else (g @ g.T,)):
+                if state["q"][k] is not None:
+                    state["moments"][k].lerp_(gram, 0.05)
+                    if group["t"] % 10 == 1:
+                        state["q"][k] = torch.linalg.qr(state["moments"][k] @ state["q"][k])[0]
+            left, right = (q if q is not None else torch.eye(n, device=p.device) for q, n in zip(state["q"], p.shape))
+            turned = lambda x: left.T @ x @ right
+            state["square"].lerp_(turned(g).square(), 0.05)
+            out.append((left @ (turned(m) / (state["square"].sqrt() + 1e-8)) @ right.T).flatten())
+        return torch.cat(out)
+
+
+def huber_loss(delta, batch, predicted, weights, counts):
+    """train.batch_loss, quadratic below delta, of the same slope above."""
+    de, _, df, _, ds, _ = train.differences(batch, predicted)
+    soft = lambda x: torch.where(x < delta, x * x / (2 * delta) + delta / 2, x).sum()
+    sums = soft(de.abs()), soft((df.square().sum(1) + 1e-30).sqrt()), ds.abs().sum()
+    return sum(w * s / n for w, s, n in zip(weights, sums, counts))
+
+
+def learning_rate(v, step, total, warmup):
+    """train.learning_rate, or warm-up, stable and decay."""
+    if v["decay"] != "wsd":
+        return train.learning_rate(step, total, warmup, v["lr"], v["decay"])
+    return train.learning_rate(step, total, warmup, v["lr"], "linear") if step < warmup else v["lr"] * min(1, 2.5 * (1 - step / total))
+
+
+@functools.lru_cache
+def packed_set(path, cutoff):
+    return PackedSet(path, cutoff, DEVICE)
+
+
+class Stage:
+    """Steps with one batch size, one cutoff and one set of loss weights."""
+
+    def __init__(self, path, v, model, cutoff, batch, weights):
+        self.packed, self.batch, self.cutoff, self.model, self.seed = packed_set(path, cutoff), batch, cutoff, model, v["seed"]
+        self.frames, self.replay = self.packed.indices(data.TRAIN), train.Replay(model, weights)
+
+    def pieces(self, steps):
+        for s in steps:
+            frames = step_indices(self.frames, self.batch, self.seed, s)
+            yield train.label_counts(self.packed, frames), micro_batches(
+                frames, self.packed.n_atoms, self.packed.n_edges, MOST_EDGES, MOST_EDGES
+            )
+
+    def build(self):
+        """Capture graphs with room for the largest of the first batches, outside the clock."""
+        self.model.config["cutoff"] = self.cutoff
+        some = [p for _, ps in self.pieces(range(50)) for p in ps]
+        for n in (self.packed.n_atoms, self.packed.n_edges):
+            self.replay(self.packed.batch(max(some, key=lambda p: n[p].sum())), np.ones(3))
+
+    def gradients(self, steps):
+        """Adds the gradient of one step after another."""
+        self.model.config["cutoff"] = self.cutoff
+        pieces = list(self.pieces(steps))
+        batches = prefetch(self.packed, (p for _, ps in pieces for p in ps))
+        for counts, ps in pieces:
+            for _ in ps:
+                self.replay(next(batches), counts)
+            yield
+
+
+def sync():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(path, v):
+    """The result of the variant `v`, whose keys are complete."""
+    torch.manual_seed(v["seed"])
+    torch.set_float32_matmul_precision("highest" if v.get("float32") else "high")
+    packed = packed_set(path, v["cutoff"])
+    stats = packed.meta["statistics"] if v["cutoff"] == packed.meta["cutoff"] else packed.statistics()
+    model = Nequix({**stats, **{k: v[k] for k in ("hidden", "lmax", "layers", "cutoff")}}).to(DEVICE)
+    params = list(model.parameters())
+    ends = [model.readout[0], *model.layers[0].linear_1, *model.layers[0].skip] if v.get("adam_ends") else []
+    matrices = [p for p in params if p.ndim == 2 and not any(p is e for e in ends)]
+    torch._foreach_mul_([p.data for p in matrices], v.get("init", 1.0))
+    start = [p.detach().clone() for p in params]
+    flat = torch.zeros(sum(p.numel() for p in params), device=DEVICE)
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+    muon.orthogonalize = polar_express if v.get("polar") else newton_schulz
+    train.batch_loss = functools.partial(huber_loss, v["huber"]) if v.get("huber") else paper_loss
+    vectors = [p for p in params if not any(p is m for m in matrices)]
+    options = dict(weight_decay=v["weight_decay"], momentum=v.get("momentum", 0.95), steps=v.get("orthogonal_steps", 5), t=0)
+
+    def optimizer():
+        return Variant(matrices, vectors, v, lr=v["lr"], **options)
+
+    # Stages: (part of the steps at which it ends, Stage). One thing at a time.
+    weights = v.get("weights", [20.0, 20.0, 5.0])
+    stages = [(1, Stage(path, v, model, v["cutoff"], v["batch"], weights))]
+    if "energy_first" in v:
+        stages.insert(0, (v["energy_first"], Stage(path, v, model, v["cutoff"], v["batch"], [weights[0], 0.0, 0.0])))
+    for key in ("cutoff", "batch"):
+        if key + "_first" in v:
+            value, part = v[key + "_first"]
+            changed = {**v, key: value}
+            stages.insert(0, (part, Stage(path, v, model, changed["cutoff"], changed["batch"], weights)))
+    for _, stage in stages:
+        stage.build()
+    averages = [deepcopy(model).requires_grad_(False) for _ in AVERAGES]
+
+    def steps(total, opt):
+        """All of a run, step by step."""
+        step = 0
+        for part, stage in stages:
+            end = total if part == 1 else round(part * total)
+            # The data go on about where the stage before has left them.
+            first = step if len(stages) == 1 else -(-step * stages[0][1].batch // stage.batch)
+            warmup = v["warmup_epochs"] * len(stage.frames) / stage.batch
+            flat.zero_()
+            for _ in stage.gradients(range(first, first + end - step)):
+                flat.mul_((100 / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1))
+                for group in opt.param_groups:
+                    group["lr"] = learning_rate(v, step, total, warmup) * (v["vector_lr"] if group["kind"] == "adam" else 1)
+                    if "momentum_warmup" in v and group["kind"] == "muon":
+                        group["momentum"] = 0.85 + (options["momentum"] - 0.85) * min(step / v["momentum_warmup"], 1)
+                opt.step()
+                for decay, average in zip(AVERAGES, averages):
+                    torch._foreach_lerp_(list(average.parameters()), [p.data for p in params], 1 - min(decay, (1 + step) / (10 + step)))
+                flat.zero_()
+                step += 1
+                yield step
+
+    total = v.get("steps")
+    if "seconds" in v:  # ms of a step: of the second half of 40, after which all is as before
+        sync()
+        for step in steps(40, optimizer()):
+            if step == 20:
+                sync()
+                began = time.perf_counter()
+        sync()
+        total = round(v["seconds"] / (time.perf_counter() - began) * 20)
+        for p, s in zip(params, start):
+            p.data.copy_(s)
+        for average in averages:
+            torch._foreach_copy_(list(average.parameters()), start)
+    opt = optimizer()
+    sync()
+    began = time.perf_counter()
+    for _ in tqdm(steps(total, opt), total=total, leave=False, disable=None):
+        pass
+    sync()
+    seconds = time.perf_counter() - began
+    model.config["cutoff"] = v["cutoff"]
+    val = packed.indices(data.VAL)
+    errors = lambda m: [round(x, 3) for x in train.evaluate(m, packed, val, MOST_EDGES // 2)[0]]
+    errors = {"last": errors(model), **{str(d): errors(m) for d, m in zip(AVERAGES, averages)}}
+    return dict(steps=total, ms=round(1000 * seconds / total, 2), seconds=round(seconds, 2), **errors)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data")
+    p.add_argument("out", type=Path)
+    p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
+    p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
+    a = p.parse_args()
+    keys = "lr vector_lr decay weight_decay warmup_epochs batch seed cutoff hidden lmax layers".split()
+    base = {k: getattr(train.parse_args(["--recipe", "fast"]), k) for k in keys} | a.base
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    with open(a.out, "a") as f:
+        print(json.dumps(dict(base=base, data=a.data, device=name, torch=torch.__version__, sources=train.sources()[1])), file=f)
+        for line in ["{}", *filter(str.strip, sys.stdin)]:
+            if time.perf_counter() - began > a.budget:
+                break
+            changes = json.loads(line)
+            try:
+                result = run(a.data, base | changes)
+            except (RuntimeError, ValueError) as e:
+                result = dict(error=str(e).splitlines()[0])
+            print(json.dumps(changes | result), file=f, flush=True)
+            print(changes, result, flush=True)
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
