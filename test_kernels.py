@@ -37,6 +37,7 @@ def distance(a, b):
 HOST = r"""
 // A GPU for the CPU, one block at a time: threads are coroutines, which go on in turn; what a warp does together waits for all.
 #include <math.h>
+#include <setjmp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
@@ -60,37 +61,41 @@ struct Index { int x, y; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 alignas(16) char memory[1 << 18];
 
-static ucontext_t main_context, contexts[128];
-static bool done[128];
+static ucontext_t beginning;
+static jmp_buf main_place, places[128];  // swapcontext would ask the kernel for the signals' mask every time
+static enum { NEW, BEGUN, DONE } state[128];
 static std::function<void()> body;
 static std::vector<std::function<void()>> copies[128];
 static void yield() {
   const int me = threadIdx.x;
-  swapcontext(&contexts[me], &main_context);
+  if (!_setjmp(places[me])) _longjmp(main_place, 1);
   threadIdx.x = me;
 }
 static void start() {
-  const int me = threadIdx.x;
+  state[threadIdx.x] = BEGUN;
   body();
-  done[me] = true;
-  swapcontext(&contexts[me], &main_context);
+  state[threadIdx.x] = DONE;
+  _longjmp(main_place, 1);
+}
+static void go_on(int i) {
+  threadIdx.x = i;
+  if (_setjmp(main_place)) return;
+  if (state[i] == BEGUN) _longjmp(places[i], 1);
+  static std::vector<char> stacks(128 << 17);
+  getcontext(&beginning);
+  beginning.uc_stack.ss_sp = &stacks[i << 17];
+  beginning.uc_stack.ss_size = 1 << 17;
+  makecontext(&beginning, start, 0);
+  setcontext(&beginning);
 }
 static void run_block() {
-  static std::vector<char> stacks(128 << 17);
-  for (int i = 0; i < blockDim.x; i++) {
-    done[i] = false;
-    getcontext(&contexts[i]);
-    contexts[i].uc_stack.ss_sp = &stacks[i << 17];
-    contexts[i].uc_stack.ss_size = 1 << 17;
-    makecontext(&contexts[i], start, 0);
-  }
+  std::fill(state, state + blockDim.x, NEW);
   for (bool busy = true; busy;) {
     busy = false;
     for (int i = 0; i < blockDim.x; i++)
-      if (!done[i]) {
+      if (state[i] != DONE) {
         busy = true;
-        threadIdx.x = i;
-        swapcontext(&main_context, &contexts[i]);
+        go_on(i);
       }
   }
 }
