@@ -1,6 +1,7 @@
 """The training loop: one process against two, killed against uninterrupted, the loss against a naive loop, bad input."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -230,6 +231,23 @@ def test_scripts_of_the_records(uninterrupted, monkeypatch):
     assert text.splitlines()[-1].split() == ["z", "6.32", "9.49", "6.32", "reached"]
     assert mini.table("validation", rows, range(5), [101, 206, 0.42]).endswith("not reached")
     assert mini.table("validation", rows[:4], range(4), [104, 206, 0.42]).endswith("not reached")
+
+
+def test_an_ablation_of_nothing_is_the_recipe(packed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "records")
+    import ablate
+
+    monkeypatch.setattr(ablate, "DEVICE", torch.device("cpu"))
+    options = dict(hidden="8x0e+4x1o", lmax=1, layers=2, batch=6, steps=12, seed=3)
+    flags = [str(x) for k, v in options.items() for x in ("--" + k, v)]
+    run("train.py", "--recipe", "fast", "--data", packed, "--device", "cpu", *flags, "--out", tmp_path / "run")
+    final = re.search(r"^final .*mev_atom=(\S+) .*mev_A=(\S+) .*A3_atom=(\S+) train_s", (tmp_path / "run/log.txt").read_text(), re.M)
+    try:
+        result = ablate.run(packed, ablate.fast_recipe() | options)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert result["steps"] == 12 and result["0.9"] == pytest.approx([float(x) for x in final.groups()], abs=2e-3)
+    assert result["last"][0] != pytest.approx(result["0.9"][0], abs=1e-2)
 
 
 @needs_shared

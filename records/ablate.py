@@ -36,6 +36,7 @@ from model import Nequix
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
+OPTIONS = "lr vector_lr decay weight_decay warmup_epochs batch seed cutoff hidden lmax layers".split()  # of train.py
 POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601)]
 POLAR += [(3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372)]
 POLAR += [(2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
@@ -252,6 +253,11 @@ def run(path, v):
     return dict(steps=total, ms=round(1000 * seconds / total, 2), seconds=round(seconds, 2), **errors)
 
 
+def fast_recipe():
+    recipe = train.parse_args(["--recipe", "fast"])
+    return {k: getattr(recipe, k) for k in OPTIONS}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data")
@@ -259,8 +265,7 @@ def main():
     p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
     p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
     a = p.parse_args()
-    keys = "lr vector_lr decay weight_decay warmup_epochs batch seed cutoff hidden lmax layers".split()
-    base = {k: getattr(train.parse_args(["--recipe", "fast"]), k) for k in keys} | a.base
+    base = fast_recipe() | a.base
     a.out.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
