@@ -250,15 +250,11 @@ def test_bad_files_give_one_line(tmp_path):
     whole[60:80] = b"x" * 20
     (tmp_path / "damaged.zip").write_bytes(whole)
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
-    for name, words in {
-        "none.extxyz": "no file",
-        "empty.extxyz": "frames are unusable",
-        "text.extxyz": "frames are unusable",
-        "latin.extxyz": "frames are unusable",
-        "damaged.zip": "frames are unusable",
-    }.items():
-        said = run("data.py", "pack", tmp_path / name, "--out", tmp_path / "set", "--workers", 1, ok=False)
-        assert "error: " in said and words in said
+    bad = [tmp_path / name for name in ("empty.extxyz", "text.extxyz", "latin.extxyz", "damaged.zip")]
+    said = run("data.py", "pack", *bad, "--out", tmp_path / "set", "--workers", 1, ok=False)
+    assert all(f"bad: {f.name}" in said for f in bad) and said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
+    said = run("data.py", "pack", tmp_path / "none.extxyz", "--out", tmp_path / "set", "--workers", 1, ok=False)
+    assert "error: " in said and "no file" in said
     said = run("data.py", "pack", tmp_path / "text.extxyz", "--out", tmp_path / "set", "--val", "5", ok=False)
     assert "--val is a share, between 0 and 1, not 5" in said
     assert "not a whole zip" in run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)
