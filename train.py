@@ -53,7 +53,7 @@ def arg(default, help, **kwargs):
 class Args:
     data: str = arg("", "packed set (default: data/mptrj if packed, else data/sample, fetched if absent)")
     out: str = arg("", "folder of the run (default: runs/ and the name of the set)")
-    recipe: str = arg("paper", "defaults of what follows: Table A.1 of the paper, or the mini track's record", choices=["paper", "fast"])
+    recipe: str = arg("paper", "defaults of what follows: Table A.1 of the paper, or those for the mini track", choices=["paper", "fast"])
     # model
     init: str = arg("", "start from these weights, their architecture and statistics: a name or a file", metavar="WEIGHTS")
     refit_e0: bool = arg(False, "with --init: fit the atoms' energies to the training frames first")
