@@ -37,6 +37,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
 OPTIONS = "lr vector_lr decay weight_decay warmup_epochs batch seed cutoff hidden lmax layers".split()  # of train.py
+KEYS = {*OPTIONS, *"steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber".split()}
+KEYS |= {*"init float32 energy_first cutoff_first batch_first".split()}
 POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601)]
 POLAR += [(3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372)]
 POLAR += [(2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
@@ -52,35 +54,28 @@ def polar_express(x, steps=5, eps=1e-8):
 
 
 class Variant(muon.Muon):
-    """Muon with what `v` asks for."""
+    """Muon with what `v` asks for; Adam takes the matrices `ends` too."""
 
-    def __init__(self, matrices, vectors, v, **options):
-        torch.optim.Optimizer.__init__(self, [dict(params=matrices, kind="muon"), dict(params=vectors, kind="adam")], options)
-        self.v = v
+    def __init__(self, params, ends, v, **options):
+        super().__init__(params, **options)
+        self.v, (first, second) = v, self.param_groups
+        first["params"] = [p for p in first["params"] if not any(p is e for e in ends)]
+        second["params"] += ends
+        if v.get("cautious"):
+            self.decay, first["weight_decay"] = first["weight_decay"], 0.0
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, lr = group["params"], group["lr"]
-            sizes = [p.numel() for p in params]
-            grad = torch.cat([p.grad.flatten() for p in params])
-            group["t"] += 1
-            if group["kind"] == "muon":
-                ahead = self.lookahead(group, grad, group["momentum"])
-                ahead = self.soap(group, ahead, grad) if self.v.get("soap") else ahead
-                update = self.orthogonal(params, ahead, group["steps"])
-            else:
-                square = self.moment(group, "square", grad.square(), 0.999) / (1 - 0.999 ** group["t"])
-                update = self.lookahead(group, grad, 0.9) / (square.sqrt() + 1e-8)
-            updates = [u.view_as(p) for u, p in zip(update.split(sizes), params)]
-            if group["kind"] == "muon":
-                if beta := self.v.get("normuon"):
-                    updates = self.by_row(group, updates, beta)
-                for p, u in zip(params, updates) if self.v.get("cautious") else ():
-                    p -= lr * group["weight_decay"] * p * (u * p > 0)
-                if not self.v.get("cautious"):
-                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-lr)
+    def orthogonal(self, params, flat, steps):
+        v, group = self.v, self.param_groups[0]
+        if v.get("soap"):
+            flat = self.soap(group, flat)
+        flat = super().orthogonal(params, flat, steps)
+        updates = [u.view_as(p) for u, p in zip(flat.split([p.numel() for p in params]), params)]
+        if v.get("normuon"):
+            updates = self.by_row(group, updates, v["normuon"])
+        if v.get("cautious"):
+            for p, u in zip(params, updates):
+                p -= group["lr"] * self.decay * p * (u * p > 0)
+        return torch.cat([u.flatten() for u in updates])
 
     def by_row(self, group, updates, beta):
         """Each output's part of an update over its root mean square, all to the norm that they had."""
@@ -89,11 +84,11 @@ class Variant(muon.Muon):
         scaled = [u / (m.sqrt() + 1e-10) for u, m in zip(updates, mean.split([u.shape[1] for u in updates]))]
         return [s * (u.norm() / (s.norm() + 1e-10)) for s, u in zip(scaled, updates)]
 
-    def soap(self, group, ahead, grad):
+    def soap(self, group, ahead):
         """Adam's division in the eigenvectors of the moments of G G^T and G^T G, which a QR iteration follows."""
         out, sizes = [], [p.numel() for p in group["params"]]
-        for p, m, g in zip(group["params"], ahead.split(sizes), grad.split(sizes)):
-            state, m, g = self.state[p], m.view_as(p), g.view_as(p)
+        for p, m in zip(group["params"], ahead.split(sizes)):
+            state, m, g = self.state[p], m.view_as(p), p.grad
             if "q" not in state:
                 eye = lambda n: torch.eye(n, device=p.device) if n <= 256 else None  # a wide side stays as it is
                 state.update(q=[eye(n) for n in p.shape], moments=[None if q is None else q * 0 for q in map(eye, p.shape)])
@@ -176,19 +171,15 @@ def run(path, v):
     model = Nequix({**stats, **{k: v[k] for k in ("hidden", "lmax", "layers", "cutoff")}}).to(DEVICE)
     params = list(model.parameters())
     ends = [model.readout[0], *model.layers[0].linear_1, *model.layers[0].skip] if v.get("adam_ends") else []
-    matrices = [p for p in params if p.ndim == 2 and not any(p is e for e in ends)]
-    torch._foreach_mul_([p.data for p in matrices], v.get("init", 1.0))
+    torch._foreach_mul_([p.data for p in params if p.ndim == 2], v.get("init", 1.0))
     start = [p.detach().clone() for p in params]
     flat = torch.zeros(sum(p.numel() for p in params), device=DEVICE)
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
     muon.orthogonalize = polar_express if v.get("polar") else newton_schulz
     train.batch_loss = functools.partial(huber_loss, v["huber"]) if v.get("huber") else paper_loss
-    vectors = [p for p in params if not any(p is m for m in matrices)]
-    options = dict(weight_decay=v["weight_decay"], momentum=v.get("momentum", 0.95), steps=v.get("orthogonal_steps", 5), t=0)
-
-    def optimizer():
-        return Variant(matrices, vectors, v, lr=v["lr"], **options)
+    options = dict(weight_decay=v["weight_decay"], momentum=v.get("momentum", 0.95), steps=v.get("orthogonal_steps", 5))
+    optimizer = functools.partial(Variant, params, ends, v, **options)
 
     # Stages: (part of the steps at which it ends, Stage). One thing at a time.
     weights = v.get("weights", [20.0, 20.0, 5.0])
@@ -265,16 +256,24 @@ def main():
     p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
     p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
     a = p.parse_args()
-    base = fast_recipe() | a.base
+    base, variants = fast_recipe() | a.base, [{}]
+    try:
+        variants += [json.loads(line) for line in sys.stdin if line.strip()]
+        if unknown := set().union(base, *variants) - KEYS:
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+        if not {"steps", "seconds"} & base.keys():
+            raise ValueError("--base needs steps or seconds")
+        packed_set(a.data, base["cutoff"])
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     with open(a.out, "a") as f:
         print(json.dumps(dict(base=base, data=a.data, device=name, torch=torch.__version__, sources=train.sources()[1])), file=f)
-        for line in ["{}", *filter(str.strip, sys.stdin)]:
+        for changes in variants:
             if time.perf_counter() - began > a.budget:
                 break
-            changes = json.loads(line)
             try:
                 result = run(a.data, base | changes)
             except (RuntimeError, ValueError) as e:

@@ -3,7 +3,7 @@
     python records/mini.py runs/mini --seeds 5 [options of train.py]                # one after another, by the clock
     python records/mini.py runs/mini --seeds 5 --at-once 3 [options of train.py]    # several share the GPU: seconds mean nothing
     python records/mini.py runs/mini --seeds 5 --test [options of train.py]         # and the errors on the test split, once
-    python records/mini.py records/2026-11-23_mini_baseline --seeds 5 --read        # of logs that are there
+    python records/mini.py runs/mini --seeds 5 --read                               # of logs that are there: nothing is trained
 
 The options of train.py begin with --data data/sample --tf32. OUT/seedK gets the logs; a rerun goes on.
 """
@@ -38,7 +38,10 @@ def run(out, seed, options, read):
     folder = out / f"seed{seed}"
     if not read:
         python(*TRAIN, *options, "--seed", seed, "--out", folder)
-    *mae, hours = (float(x) for x in FINAL.findall((folder / "log.txt").read_text())[-1])
+    found = FINAL.findall((folder / "log.txt").read_text())
+    if not found:
+        raise RuntimeError(f"{folder / 'log.txt'} has no final line")
+    *mae, hours = map(float, found[-1])
     return [*mae, 3600 * hours]
 
 

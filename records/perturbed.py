@@ -43,9 +43,11 @@ def main():
     for k in np.random.default_rng(0).permutation(packed.indices(VAL)):
         atoms = slice(*packed.offsets[k : k + 2])
         numbers, positions, cell = packed.numbers[atoms], packed.arrays["positions"][atoms], packed.arrays["cell"][k]
-        if known.issuperset(numbers.tolist()):
-            frames.append(Atoms(numbers, positions.double().numpy(), cell=cell.double().numpy(), pbc=packed.arrays["pbc"][k].numpy()))
+        if known.issuperset(numbers.tolist()) and packed.arrays["pbc"][k].all():
+            frames.append(Atoms(numbers, positions.double().numpy(), cell=cell.double().numpy(), pbc=True))
     frames = frames[: a.n]
+    if not frames:
+        sys.exit(f"error: no validation frame of {a.data} is a crystal of elements that both models know")
     n = np.array([len(f) for f in frames])
     print(f"{a.weights} against {a.reference}: {len(frames)} validation frames of {a.data}, {n.mean():.1f} atoms on average")
     print(f"{'noise':>8}{'strain':>8}{'energy change':>22}{'forces':>20}{'correlation':>13}{'stress':>20}")
