@@ -64,30 +64,30 @@ def complete_cell(cell, pbc):
     return cell
 
 
-def neighbor_list(positions, cell, pbc, structure, cutoff, device):
-    """All pairs closer than `cutoff` over periodic images, of many structures at once.
+def neighbor_list(bins, cutoff):
+    """All pairs closer than `cutoff`, A, over periodic images, of many structures at once.
 
-    positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool, structure (A,) ascending. Any cell: shorter than the
-    cutoff, skewed, left-handed, periodic in some directions only; atoms may lie outside it. Needs A >= 1 and cells of
-    non-zero volume. Returns, on `device`, senders (E,), receivers (E,) ascending, row_ptr (A+1,), shifts (E, 3), and the
-    edge vectors (E, 3), float64, positions[sender] - positions[receiver] + shift @ cell. No atom is its own neighbour
-    except through an image.
+    bins: what `linked_cells` returns, on any device. Returns there senders (E,), receivers (E,) ascending, row_ptr (A+1,),
+    shifts (E, 3), and the edge vectors (E, 3), float64, positions[sender] - positions[receiver] + shift @ cell. No atom is
+    its own neighbour except through an image.
 
     Linked cells: a box is cut into bins about 3 A thick along each plane normal; an atom looks through the bins within
     reach, which wrap around the periodic boundaries as often as needed. Everything is in float64: that is cheap, and a
-    pair is then found from both sides or from neither. On CUDA one kernel looks through the bins, which are made where
-    `positions` are: a GPU that is busy should not be asked for two hundred small things.
+    pair is then found from both sides or from neither. On CUDA one kernel looks through the bins, which are better made on
+    the host: a GPU that is busy should not be asked for two hundred small things.
     """
-    bins = linked_cells(positions, cell, pbc, structure, cutoff)
-    if device.type == "cuda":
-        return kernels.find_pairs(cutoff, **{k: v.to(device) for k, v in bins.items()})
-    return find_pairs(cutoff, **bins)
+    on_cuda = bins["positions"].device.type == "cuda"
+    return (kernels.find_pairs if on_cuda else find_pairs)(cutoff, **bins)
 
 
 def linked_cells(positions, cell, pbc, structure, cutoff):
-    """The arguments of `find_pairs`, int64: of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of
-    each structure its first bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over;
-    order: atoms by bin, those of bin b from start[b] to start[b+1]."""
+    """The arguments of `find_pairs`, where those of this are: positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool,
+    structure (A,) ascending. Any cell: shorter than the cutoff, skewed, left-handed, periodic in some directions only; atoms
+    may lie outside it. Needs A >= 1 and cells of non-zero volume.
+
+    All int64: of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of each structure its first
+    bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over; order: atoms by bin, those
+    of bin b from start[b] to start[b+1]."""
     cell = complete_cell(cell, pbc)
 
     # Fractional coordinates in [0, 1). Where the box is open it spans the atoms.
@@ -195,12 +195,25 @@ class Batch:
 
 def make_batch(numbers, positions, cell, pbc, n_atoms, cutoff, device=None, **labels):
     """A Batch on `device` (None: where the arrays are) from packed arrays of any dtype, its neighbour list included."""
-    device = torch.device(device or positions.device)
     numbers, positions, cell = numbers.long(), positions.double(), cell.double()
     structure = torch.repeat_interleave(torch.arange(len(cell), device=cell.device), n_atoms, output_size=len(numbers))
-    edges = neighbor_list(positions, cell, pbc, structure, cutoff, device)
-    atoms = (t.to(device) for t in (numbers, positions, cell, pbc, n_atoms, structure))
-    return Batch(*atoms, *edges, **{k: v.to(device).double() for k, v in labels.items()})
+    bins = linked_cells(positions, cell, pbc, structure, cutoff)
+    rest = dict(numbers=numbers, n_atoms=n_atoms, own_cell=cell, **{k: v.double() for k, v in labels.items()})
+    there = moved(bins | rest, torch.device(device or positions.device))
+    rest = {k: there.pop(k) for k in rest}
+    system = rest["numbers"], there["positions"], rest["own_cell"], there["pbc"], rest["n_atoms"], there["structure"]
+    return Batch(*system, *neighbor_list(there, cutoff), **{k: rest[k] for k in labels})
+
+
+def moved(tensors, device):
+    """A dict of tensors, on `device`; from the host to a GPU by one copy of pinned memory, in place of one for each."""
+    if device.type != "cuda" or any(t.is_cuda for t in tensors.values()):
+        return {k: t.to(device) for k, t in tensors.items()}
+    sizes = [-(-t.nbytes // 16) * 16 for t in tensors.values()]  # each begins where any type may
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    views = lambda memory: [p[: t.nbytes].view(t.dtype).view(t.shape) for p, t in zip(memory.split(sizes), tensors.values())]
+    torch._foreach_copy_(views(host), list(tensors.values()))
+    return dict(zip(tensors, views(host.to(device, non_blocking=True))))
 
 
 class PackedSet:

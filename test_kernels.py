@@ -257,12 +257,15 @@ def test_pairs_equal_those_of_the_cpu(monkeypatch):
     numbers, positions, cell, pbc = (np.concatenate([getattr(a, k) for a in structures]) for k in ("numbers", "positions", "cell", "pbc"))
     structure = torch.repeat_interleave(torch.arange(len(structures)), torch.tensor([len(a) for a in structures]))
     arrays = torch.from_numpy(positions), torch.from_numpy(cell).view(-1, 3, 3), torch.from_numpy(pbc).view(-1, 3), structure
-    expected = data.neighbor_list(*arrays, 6.0, torch.device("cpu"))
+    bins = data.linked_cells(*arrays, 6.0)
+    expected = data.neighbor_list(bins, 6.0)
     if torch.cuda.is_available():
-        got = [t.cpu() for t in data.neighbor_list(*arrays, 6.0, CUDA)]
+        there = data.moved(bins, CUDA)
+        assert all(torch.equal(there[k].cpu(), bins[k]) for k in bins)
+        got = [t.cpu() for t in data.neighbor_list(there, 6.0)]
     else:
         monkeypatch.setattr(kernels, "pairs_module", functools.lru_cache(lambda device: OnCPU(kernels.PAIRS, device)))
-        got = kernels.find_pairs(6.0, **data.linked_cells(*arrays, 6.0))
+        got = kernels.find_pairs(6.0, **bins)
     assert len(got[0]) > 10_000
     for a, b in zip(got[:4], expected):
         assert torch.equal(a, b)

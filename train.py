@@ -637,10 +637,14 @@ def train(a, device, dtype, rank, ranks):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
-    # Warm-up outside the clock: kernels are built, and the gradient thrown away.
+    # Warm-up outside the clock: kernels are built, a graph gets the room of the next steps, and the gradient is thrown away.
     if step < total:
+        pieces = pieces_of(step)[:1]
+        if device.type == "cuda":
+            soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s)]
+            pieces = soon and [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)]
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first step will deal with it
-            for piece in pieces_of(step)[:1]:
+            for piece in pieces:
                 replay(packed.batch(piece), np.ones(3))
         flat.zero_()
     if not history:
