@@ -692,7 +692,7 @@ def train(a, device, dtype, rank, ranks):
         step += 1
         bar.update()
 
-        validating, saving = step % eval_every == 0 or step == total, step % a.save_every == 0
+        validating, saving = (step % n == 0 or step == total for n in (eval_every, a.save_every))
         if pending is not None:
             stop = check(*pending)
         pending = result, done, step - 1
@@ -705,7 +705,7 @@ def train(a, device, dtype, rank, ranks):
                 nequix.save(out / "model.pt", ema_model)
             sync()
             start = time.perf_counter()
-        if validating or saving or stop:
+        if saving or stop:
             stop_clock()
             saved = save()
     bar.close()

@@ -270,7 +270,7 @@ def main():
     began = time.perf_counter()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     with open(a.out, "a") as f:
-        print(json.dumps(dict(base=base, data=a.data, device=name, torch=torch.__version__, sources=train.sources()[1])), file=f)
+        print(json.dumps(dict(base=base, data=a.data, device=name, torch=torch.__version__, sources=train.sources()[1])), file=f, flush=True)
         for changes in variants:
             if time.perf_counter() - began > a.budget:
                 break
