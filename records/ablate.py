@@ -182,15 +182,14 @@ def run(path, v):
     optimizer = functools.partial(Variant, params, ends, v, **options)
 
     # Stages: (part of the steps at which it ends, Stage). One thing at a time.
-    weights = v.get("weights", [20.0, 20.0, 5.0])
-    stages = [(1, Stage(path, v, model, v["cutoff"], v["batch"], weights))]
+    stages = [(1, Stage(path, v, model, v["cutoff"], v["batch"], v["weights"]))]
     if "energy_first" in v:
-        stages.insert(0, (v["energy_first"], Stage(path, v, model, v["cutoff"], v["batch"], [weights[0], 0.0, 0.0])))
+        stages.insert(0, (v["energy_first"], Stage(path, v, model, v["cutoff"], v["batch"], [v["weights"][0], 0.0, 0.0])))
     for key in ("cutoff", "batch"):
         if key + "_first" in v:
             value, part = v[key + "_first"]
             changed = {**v, key: value}
-            stages.insert(0, (part, Stage(path, v, model, changed["cutoff"], changed["batch"], weights)))
+            stages.insert(0, (part, Stage(path, v, model, changed["cutoff"], changed["batch"], v["weights"])))
     for _, stage in stages:
         stage.build()
     averages = [deepcopy(model).requires_grad_(False) for _ in AVERAGES]
@@ -246,7 +245,7 @@ def run(path, v):
 
 def fast_recipe():
     recipe = train.parse_args(["--recipe", "fast"])
-    return {k: getattr(recipe, k) for k in OPTIONS}
+    return {k: getattr(recipe, k) for k in OPTIONS} | dict(weights=[recipe.energy_weight, recipe.force_weight, recipe.stress_weight])
 
 
 def main():
