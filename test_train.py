@@ -1,5 +1,6 @@
 """The training loop: one process against two, killed against uninterrupted, the loss against a naive loop, bad input."""
 
+import json
 import os
 import re
 import shutil
@@ -248,6 +249,15 @@ def test_an_ablation_of_nothing_is_the_recipe(packed, tmp_path, monkeypatch):
         torch.set_float32_matmul_precision("highest")
     assert result["steps"] == 12 and result["0.9"] == pytest.approx([float(x) for x in final.groups()], abs=2e-3)
     assert result["last"][0] != pytest.approx(result["0.9"][0], abs=1e-2)
+
+    for seed, lr in ((0, 0.1), (1, 0.1), (2, 0.2)):
+        base = dict(base=dict(seed=seed, lr=lr, steps=12), device="CPU", data="a")
+        lines = base, {"0.9": [100.0 + seed, 200.0, 0.5], "steps": 12}, {"0.9": [90.0, 200.0, 0.4], "steps": 6, "batch": 64, "ms": 1.0}
+        (tmp_path / str(seed)).write_text("\n".join(map(json.dumps, lines)))
+    first, second = (line.split(maxsplit=7) for line in ablate.table([tmp_path / "0", tmp_path / "1"]).splitlines()[2:])
+    assert first == ["2", "100.5", "(0.7)", "200.0", "(0.0)", "0.500", "(0.000)", "{}"] and second[-1] == '{"steps": 6, "batch": 64}'
+    with pytest.raises(ValueError, match="different bases"):
+        ablate.table([tmp_path / "0", tmp_path / "2"])
 
 
 @needs_shared

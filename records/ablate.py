@@ -1,6 +1,7 @@
 """Variants of a recipe of train.py, which change one thing each: short runs in one process, a line of JSON in and out.
 
     python records/ablate.py data/sample runs/ablate.jsonl --base '{"batch": 128, "steps": 422}' < variants.txt
+    python records/ablate.py --read runs/ablate*.jsonl             # means over runs with other seeds, of averaged weights (0.9)
 
 The first run is the base, with {}; then each line is added to the base. Keys are options of train.py (lr, vector_lr, decay, weight_decay,
 warmup_epochs, batch, steps, seed, cutoff, hidden, lmax, layers), and
@@ -248,15 +249,40 @@ def fast_recipe():
     return {k: getattr(recipe, k) for k in OPTIONS} | dict(weights=[recipe.energy_weight, recipe.force_weight, recipe.stress_weight])
 
 
+def table(files):
+    """A line for each variant of these files, whose bases differ in their seeds alone: runs, mean and sigma of each error."""
+    bases, results = [], {}
+    for file in files:
+        base, *lines = map(json.loads, Path(file).read_text().splitlines())
+        bases.append(base["base"] | dict(seed=None, device=base["device"], data=base["data"]))
+        for line in lines:
+            changes = {k: v for k, v in line.items() if k in KEYS - {"seconds"} and v != base["base"].get(k)}
+            if "0.9" in line:
+                results.setdefault(json.dumps(changes), []).append(line["0.9"])
+    if any(b != bases[0] for b in bases):
+        raise ValueError("runs with different bases: a table for each")
+    text = [json.dumps(bases[0]), f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}  changed"]
+    for changes, errors in results.items():
+        mean, sigma = np.mean(errors, 0), np.std(errors, 0, ddof=1) if len(errors) > 1 else [np.nan] * 3
+        e, f, s = (f"{m:.{k}f} ({d:.{k}f})" for m, d, k in zip(mean, sigma, (1, 1, 3)))
+        text.append(f"{len(errors):4}{e:>20}{f:>20}{s:>24}  {changes}")
+    return "\n".join(text)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("data")
-    p.add_argument("out", type=Path)
+    p.add_argument("data", nargs="?")
+    p.add_argument("out", nargs="?", type=Path)
+    p.add_argument("--read", nargs="+", type=Path, help="train nothing: a table of what is there")
     p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
     p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
     a = p.parse_args()
     base, variants = fast_recipe() | a.base, [{}]
     try:
+        if a.read:
+            return print(table(a.read))
+        if a.out is None:
+            p.error("DATA and OUT are needed, or --read")
         variants += [json.loads(line) for line in sys.stdin if line.strip()]
         if unknown := set().union(base, *variants) - KEYS:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
