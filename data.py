@@ -81,13 +81,13 @@ def neighbor_list(bins, cutoff):
 
 
 def linked_cells(positions, cell, pbc, structure, cutoff):
-    """The arguments of `find_pairs`, where those of this are: positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool,
-    structure (A,) ascending. Any cell: shorter than the cutoff, skewed, left-handed, periodic in some directions only; atoms
-    may lie outside it. Needs A >= 1 and cells of non-zero volume.
+    """Bins for `find_pairs`, on the device of positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool, and structure
+    (A,), ascending. Any cell: shorter than the cutoff, skewed, left-handed, periodic in some directions only; atoms may lie
+    outside it. Needs A >= 1 and cells of non-zero volume.
 
-    All int64: of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of each structure its first
-    bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over; order: atoms by bin, those
-    of bin b from start[b] to start[b+1]."""
+    Returns these and, int64, of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of
+    each structure its first bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over;
+    order: atoms by bin, those of bin b from start[b] to start[b+1]."""
     cell = complete_cell(cell, pbc)
 
     # Fractional coordinates in [0, 1). Where the box is open it spans the atoms.

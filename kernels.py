@@ -70,11 +70,11 @@ typedef long long i64;
 DEV unsigned half2(float a, float b) { unsigned h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a)); return h; }
 DEV float first(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(h)); return x; }
 DEV float second(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(h)); return x; }
-// Rounded to TF32, whose 10 explicit bits are also those of float16
+// Rounded to TF32, whose 10 explicit bits are also those of float16; its other 13 may be anything
 DEV float tf32(float x) {
   unsigned t;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(t) : "f"(x));
-  return __uint_as_float(t);
+  return __uint_as_float(t & 0xffffe000);
 }
 
 // d (16 x 8) += a (16 x 8) b (8 x 8). Thread (g, q) = (lane / 4, lane % 4) has of d: columns 2q, 2q+1 of row g, then of row

@@ -10,7 +10,6 @@ Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, mo
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import math
@@ -642,11 +641,13 @@ def train(a, device, dtype, rank, ranks):
     if step < total:
         pieces = pieces_of(step)[:1]
         if device.type == "cuda":
-            soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s)]
-            pieces = soon and [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)]
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first step will deal with it
+            soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s) if packed.n_edges[p].sum() <= Replay.MOST]
+            pieces = [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)] if soon else pieces
+        try:
             for piece in pieces:
                 replay(packed.batch(piece), np.ones(3))
+        except torch.cuda.OutOfMemoryError:  # the first step will deal with it
+            replay = Replay(model, weights)
         flat.zero_()
     if not history:
         validate()

@@ -253,11 +253,12 @@ def table(files):
     """A line for each variant of these files, whose bases differ in their seeds alone: runs, mean and sigma of each error."""
     bases, results = [], {}
     for file in files:
-        base, *lines = map(json.loads, Path(file).read_text().splitlines())
-        bases.append(base["base"] | dict(seed=None, device=base["device"], data=base["data"]))
-        for line in lines:
-            changes = {k: v for k, v in line.items() if k in KEYS - {"seconds"} and v != base["base"].get(k)}
-            if "0.9" in line:
+        for line in map(json.loads, Path(file).read_text().splitlines()):
+            if "base" in line:  # and again, where another run was added to the file
+                base = line["base"]
+                bases.append(base | dict(seed=None, device=line["device"], data=line["data"]))
+            elif "0.9" in line:
+                changes = {k: v for k, v in line.items() if k in KEYS - {"seconds"} and v != base.get(k)}
                 results.setdefault(json.dumps(changes), []).append(line["0.9"])
     if any(b != bases[0] for b in bases):
         raise ValueError("runs with different bases: a table for each")
@@ -295,7 +296,8 @@ def main():
     began = time.perf_counter()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     with open(a.out, "a") as f:
-        print(json.dumps(dict(base=base, data=a.data, device=name, torch=torch.__version__, sources=train.sources()[1])), file=f, flush=True)
+        about = dict(base=base, data=a.data, device=name, torch=torch.__version__, sources=train.sources()[1])
+        print(json.dumps(about), file=f, flush=True)
         for changes in variants:
             if time.perf_counter() - began > a.budget:
                 break

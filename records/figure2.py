@@ -48,7 +48,7 @@ def main():
     text += [f"{'':32}{'meV/atom':>12}{'meV/A':>12}{'meV/A^3/atom':>16}"]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained", sharey=True)
     for (kind, rate), (points, why) in results.items():
-        last = "".join(f"{x:{w}.3f}" for x, w in zip(points[-1][1:], (12, 12, 16))) if points else ""
+        last = "".join(f"{x:{form}}" for x, form in zip(points[-1][1:], ("12.2f", "12.2f", "16.3f"))) if points else ""
         text.append(f"{kind:18}{rate:14g}{last}  {why}")
         axis = axes[RATES.index(rate)]
         axis.semilogy([q[0] for q in points[1:]], [q[1] for q in points[1:]], ".-", ms=3, label=kind)
