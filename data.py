@@ -85,9 +85,9 @@ def linked_cells(positions, cell, pbc, structure, cutoff):
     (A,), ascending. Any cell: shorter than the cutoff, skewed, left-handed, periodic in some directions only; atoms may lie
     outside it. Needs A >= 1 and cells of non-zero volume.
 
-    Returns these and, int64, of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of
-    each structure its first bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over;
-    order: atoms by bin, those of bin b from start[b] to start[b+1]."""
+    Returns these and, int64, of each atom its bin (A, 3) and the cells it is outside of its own, wrap (A, 3); of each
+    structure its first bin, the numbers of bins along the axes (S, 3), and how many of them the cutoff reaches over; order:
+    atoms by bin, those of bin b from start[b] to start[b+1]."""
     cell = complete_cell(cell, pbc)
 
     # Fractional coordinates in [0, 1). Where the box is open it spans the atoms.
@@ -200,9 +200,10 @@ def make_batch(numbers, positions, cell, pbc, n_atoms, cutoff, device=None, **la
     bins = linked_cells(positions, cell, pbc, structure, cutoff)
     rest = dict(numbers=numbers, n_atoms=n_atoms, own_cell=cell, **{k: v.double() for k, v in labels.items()})
     there = moved(bins | rest, torch.device(device or positions.device))
-    rest = {k: there.pop(k) for k in rest}
-    system = rest["numbers"], there["positions"], rest["own_cell"], there["pbc"], rest["n_atoms"], there["structure"]
-    return Batch(*system, *neighbor_list(there, cutoff), **{k: rest[k] for k in labels})
+    numbers, n_atoms, cell = (there.pop(k) for k in ("numbers", "n_atoms", "own_cell"))
+    labels = {k: there.pop(k) for k in labels}
+    system = numbers, there["positions"], cell, there["pbc"], n_atoms, there["structure"]
+    return Batch(*system, *neighbor_list(there, cutoff), **labels)
 
 
 def moved(tensors, device):

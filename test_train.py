@@ -254,10 +254,10 @@ def test_an_ablation_of_nothing_is_the_recipe(packed, tmp_path, monkeypatch):
         base = dict(base=dict(seed=seed, lr=lr, steps=12), device="CPU", data="a")
         lines = base, {"0.9": [100.0 + seed, 200.0, 0.5], "steps": 12}, {"0.9": [90.0, 200.0, 0.4], "steps": 6, "batch": 64, "ms": 1.0}
         (tmp_path / str(seed)).write_text("\n".join(map(json.dumps, lines)))
-    first, second = (line.split(maxsplit=7) for line in ablate.table([tmp_path / "0", tmp_path / "1"]).splitlines()[2:])
+    first, second = (line.split(maxsplit=7) for line in ablate.table([tmp_path / "0", tmp_path / "1"], "0.9").splitlines()[2:])
     assert first == ["2", "100.5", "(0.7)", "200.0", "(0.0)", "0.500", "(0.000)", "{}"] and second[-1] == '{"steps": 6, "batch": 64}'
     with pytest.raises(ValueError, match="different bases"):
-        ablate.table([tmp_path / "0", tmp_path / "2"])
+        ablate.table([tmp_path / "0", tmp_path / "2"], "0.9")
 
 
 @needs_shared

@@ -98,8 +98,8 @@ BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} m
 FREE = "data out recipe conv device max_edges eval_every save_every validate frames test".split()  # may change between resumptions
 
 # Of the mini track: Muon moves a weight by a part of --lr a step, and 460 steps must take it away from its unit variance.
-FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, vector_lr=2.0, decay="linear")
-FAST |= dict(weight_decay=0.1, ema=0.9, force_weight=10.0)
+FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, vector_lr=2.0, decay="linear",
+            weight_decay=0.1, ema=0.9, force_weight=10.0)
 ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
 
 
@@ -642,7 +642,8 @@ def train(a, device, dtype, rank, ranks):
         pieces = pieces_of(step)[:1]
         if device.type == "cuda":
             soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s) if packed.n_edges[p].sum() <= Replay.MOST]
-            pieces = [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)] if soon else pieces
+            if soon:
+                pieces = [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)]
         try:
             for piece in pieces:
                 replay(packed.batch(piece), np.ones(3))

@@ -1,7 +1,7 @@
 """Variants of a recipe of train.py, which change one thing each: short runs in one process, a line of JSON in and out.
 
     python records/ablate.py data/sample runs/ablate.jsonl --base '{"batch": 128, "steps": 422}' < variants.txt
-    python records/ablate.py --read runs/ablate*.jsonl             # means over runs with other seeds, of averaged weights (0.9)
+    python records/ablate.py --read runs/ablate*.jsonl             # means over runs with other seeds
 
 The first run is the base, with {}; then each line is added to the base. Keys are options of train.py (lr, vector_lr, decay, weight_decay,
 warmup_epochs, batch, steps, seed, cutoff, hidden, lmax, layers), and
@@ -249,17 +249,18 @@ def fast_recipe():
     return {k: getattr(recipe, k) for k in OPTIONS} | dict(weights=[recipe.energy_weight, recipe.force_weight, recipe.stress_weight])
 
 
-def table(files):
-    """A line for each variant of these files, whose bases differ in their seeds alone: runs, mean and sigma of each error."""
+def table(files, average):
+    """A line for each variant of these files, whose bases differ in their seeds alone: runs, mean and sigma of each error of
+    the weights averaged so, or "last"."""
     bases, results = [], {}
     for file in files:
         for line in map(json.loads, Path(file).read_text().splitlines()):
             if "base" in line:  # and again, where another run was added to the file
                 base = line["base"]
                 bases.append(base | dict(seed=None, device=line["device"], data=line["data"]))
-            elif "0.9" in line:
+            elif average in line:
                 changes = {k: v for k, v in line.items() if k in KEYS - {"seconds"} and v != base.get(k)}
-                results.setdefault(json.dumps(changes), []).append(line["0.9"])
+                results.setdefault(json.dumps(changes), []).append(line[average])
     if any(b != bases[0] for b in bases):
         raise ValueError("runs with different bases: a table for each")
     text = [json.dumps(bases[0]), f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}  changed"]
@@ -275,13 +276,14 @@ def main():
     p.add_argument("data", nargs="?")
     p.add_argument("out", nargs="?", type=Path)
     p.add_argument("--read", nargs="+", type=Path, help="train nothing: a table of what is there")
+    p.add_argument("--average", default="0.9", choices=["last", *map(str, AVERAGES)], help="with --read: of which weights (default: 0.9)")
     p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
     p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
     a = p.parse_args()
     base, variants = fast_recipe() | a.base, [{}]
     try:
         if a.read:
-            return print(table(a.read))
+            return print(table(a.read, a.average))
         if a.out is None:
             p.error("DATA and OUT are needed, or --read")
         variants += [json.loads(line) for line in sys.stdin if line.strip()]

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 TRAIN = Path(__file__).parent.parent / "train.py", "--data", "data/sample", "--tf32"
 COLUMNS = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A^3/atom)", "GPU-seconds"
@@ -55,6 +56,8 @@ def table(title, rows, seeds, targets=None):
         z = (np.array(targets) - mean[:3]) * len(rows) ** 0.5 / sigma[:3]
         text.append(f"{'target':12}" + "".join(f"{x:28.3f}" for x in targets))
         reached = len(rows) >= SEEDS and (z >= CONFIDENCE).all()
+        for name, p in (("p, normal", stats.norm.sf(z)), ("p, Student", stats.t.sf(z, len(rows) - 1))):
+            text.append(f"{name:12}" + "".join(f"{x:28.1e}" for x in p))
         text.append(f"{'z':12}" + "".join(f"{x:28.2f}" for x in z) + ("  reached" if reached else "  not reached"))
     return "\n".join(text)
 
