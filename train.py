@@ -674,7 +674,7 @@ def train(a, device, dtype, rank, ranks):
             log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
             batches = batches_from(step)
             continue
-        flat[-1] = len(told)
+        flat[-1].fill_(len(told))  # `flat[-1] = ...` would wait for the GPU
         if ranks > 1:
             dist.all_reduce(flat)
         grad = flat[:-2]
