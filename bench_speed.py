@@ -1,6 +1,7 @@
 """Time an ASE step, a training step and relaxations, beside every other potential that is installed; the energy drift of NVE.
 
     python bench_speed.py infer --weights nequix-mp-1                  # ASE steps of diamond and silicon, as the paper's Figure 3
+    python bench_speed.py plot */infer.csv                             # one picture of several such races
     python bench_speed.py train data/random1k --tf32 --split           # structures/s, memory, and where the time goes
     torchrun --nproc_per_node=2 bench_speed.py train data/random1k --tf32 --models fused             # the same batch on two GPUs
     python bench_speed.py relax wbm.extxyz --weights nequix-mp-1       # structures/s against ASE one by one
@@ -404,6 +405,21 @@ def draw(rows, symbols, path, title):
     axes[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def plot(a, device):
+    """The picture of several races on one kind of machine; of a size that was timed more than once, the median."""
+    times, titles = {}, []
+    for file in a.files:
+        with open(file, newline="") as f:
+            for r in csv.DictReader(f):
+                if r.get("ms") and r.get("symbol"):
+                    times.setdefault((r["model"], r["symbol"], int(r["atoms"])), []).append(float(r["ms"]))
+        titles.append(file.with_suffix(".md").read_text().splitlines()[0])  # the machine
+    if not times:
+        raise ValueError("no ASE steps in these files: they are the infer.csv of races")
+    rows = [dict(model=m, symbol=s, atoms=n, ms=statistics.median(ms)) for (m, s, n), ms in sorted(times.items(), key=lambda t: t[0][2])]
+    draw(rows, sorted({r["symbol"] for r in rows}), a.out, "; ".join(dict.fromkeys(titles)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -829,6 +845,9 @@ def main():
     racing(c, "infer")
     c.add_argument("--sizes", type=int, nargs="+", help="atoms (default: 8 to 64000; on a CPU to 216)")
     c.add_argument("--crystals", nargs="+", default=["C", "Si"], choices=["C", "Si"], help="default: both")
+    c = command("plot", plot, "speed.png of several races of infer", weights=False)
+    c.add_argument("files", type=Path, nargs="+", help="infer.csv of each, infer.md beside it")
+    c.add_argument("--out", type=Path, default=Path("speed.png"), help="default: speed.png")
     c = command("train", training, "training steps", weights=False)
     racing(c, "train")
     c.add_argument("data", help="a packed set")

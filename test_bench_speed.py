@@ -42,6 +42,9 @@ def test_infer(folder):
     assert [(r["model"], r["atoms"]) for r in got] == [("torch", "8"), ("torch", "64")]
     assert all(0 < float(r["low"]) <= float(r["ms"]) <= float(r["high"]) for r in got)
     assert (folder / "infer" / "infer.md").read_text() in said and (folder / "infer" / "speed.png").stat().st_size > 10_000
+    twice = argparse.Namespace(files=[folder / "infer" / "infer.csv"] * 2, out=folder / "twice.png")
+    bench_speed.plot(twice, None)
+    assert twice.out.read_bytes() == (folder / "infer" / "speed.png").read_bytes()
 
 
 def test_train(folder):

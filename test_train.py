@@ -1,5 +1,6 @@
 """The training loop: one process against two, killed against uninterrupted, the loss against a naive loop, bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -41,8 +42,21 @@ def packed(tmp_path_factory):
     return folder / "set"
 
 
+def checkpoint(folder):
+    """The last one, or None. While another is renamed, and after a kill just then, it is the one before."""
+    for name in ("state.pt", "state.previous.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            return torch.load(folder / name, weights_only=True)
+
+
+def wait_for(step, folder, process):
+    while (checkpoint(folder) or dict(step=0))["step"] < step:
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
+
+
 def weights(folder):
-    state = torch.load(folder / "state.pt", weights_only=True)
+    state = checkpoint(folder)
     return state["step"], torch.cat([w.flatten() for w in [*state["model"].values(), *state["ema"].values()]])
 
 
@@ -150,10 +164,7 @@ def test_a_stopped_run_ends_with_the_same_weights(packed, tmp_path, uninterrupte
     """SIGKILL at any point; SIGTERM and SIGINT save the step they were in. The rerun goes on."""
     arguments = command(packed, tmp_path / "run", "--steps", "40", "--eval-every", "20", "--save-every", "3")
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, stdout=subprocess.PIPE, text=True)
-    state = tmp_path / "run" / "state.pt"
-    while not (state.exists() and torch.load(state, weights_only=True)["step"] >= 6):
-        assert process.poll() is None, "it ended before it could be stopped"
-        time.sleep(0.01)
+    wait_for(6, tmp_path / "run", process)
     process.send_signal(number)
     said, _ = process.communicate()
     step, _ = weights(tmp_path / "run")
@@ -415,10 +426,7 @@ def test_a_signal_to_every_process_of_torchrun_saves(packed, tmp_path):
     arguments = command(packed, tmp_path / "run", "--steps", "3000", "--eval-every", "1000", "--save-every", "5")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     process = subprocess.Popen([*torchrun, *map(str, arguments)], cwd=HERE, start_new_session=True, stderr=subprocess.PIPE)
-    state = tmp_path / "run" / "state.pt"
-    while not state.exists():
-        assert process.poll() is None, "it ended before it could be stopped"
-        time.sleep(0.01)
+    wait_for(5, tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert f"stopped at step {weights(tmp_path / 'run')[0]} of 3000" in (tmp_path / "run" / "log.txt").read_text()
@@ -427,26 +435,19 @@ def test_a_signal_to_every_process_of_torchrun_saves(packed, tmp_path):
 def test_a_lost_rank_ends_the_others_and_any_number_goes_on(packed, tmp_path, uninterrupted):
     """Two ranks, one is killed: the other says so and leaves. One process goes on, is stopped; two take it to the end."""
     arguments = command(packed, tmp_path / "run", "--steps", "40", "--eval-every", "20", "--save-every", "3")
-    state = tmp_path / "run" / "state.pt"
-
-    def wait_for(step, process):
-        while not (state.exists() and torch.load(state, weights_only=True)["step"] >= step):
-            assert process.poll() is None, "it ended before it could be stopped"
-            time.sleep(0.01)
-
     where = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     start = lambda rank: subprocess.Popen(
         [sys.executable, *map(str, arguments)], cwd=HERE, stderr=subprocess.PIPE, text=True, env=os.environ | where | dict(RANK=str(rank))
     )
     first, second = start(0), start(1)
-    wait_for(3, first)
+    wait_for(3, tmp_path / "run", first)
     second.kill()
     _, said = first.communicate(timeout=60)
     assert first.returncode == 1 and "error on rank 0: rank 1 is gone" in said and "Traceback" not in said
     second.communicate()
 
     alone = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE)
-    wait_for(weights(tmp_path / "run")[0] + 3, alone)
+    wait_for(weights(tmp_path / "run")[0] + 3, tmp_path / "run", alone)
     alone.terminate()
     alone.communicate()
     step, _ = weights(tmp_path / "run")
