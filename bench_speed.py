@@ -364,8 +364,8 @@ def infer(a, device):
     options = dict(weights=a.weights, dtype=a.dtype)
     rows, lines = race("infer", jobs, a.models or list(MODELS["infer"]), options, a)
     done = [r for r in rows if "ms" in r]
-    text = [header(device), "", *lines, ""]
-    for symbol in a.crystals:
+    text, crystals = [header(device), "", *lines, ""], list(dict.fromkeys(r["symbol"] for r in rows))
+    for symbol in crystals:
         mine = [r for r in rows if r["symbol"] == symbol]
         text += [f"{symbol}, ms a step: median of {a.steps} (first to last decile)", ""]
         value = lambda r: "{ms:.2f} ({low:.2f} to {high:.2f})".format(**r)
@@ -385,7 +385,7 @@ def infer(a, device):
     (a.out / "infer.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
     if done:
-        draw(done, a.crystals, a.out / "speed.png", header(device))
+        draw(done, crystals, a.out / "speed.png", header(device))
 
 
 def draw(rows, symbols, path, title):
@@ -845,7 +845,8 @@ def main():
     racing(c, "infer")
     c.add_argument("--sizes", type=int, nargs="+", help="atoms (default: 8 to 64000; on a CPU to 216)")
     c.add_argument("--crystals", nargs="+", default=["C", "Si"], choices=["C", "Si"], help="default: both")
-    c = command("plot", plot, "speed.png of several races of infer", weights=False)
+    c = commands.add_parser("plot", help="speed.png of several races of infer")
+    c.set_defaults(run=plot, device="cpu")
     c.add_argument("files", type=Path, nargs="+", help="infer.csv of each, infer.md beside it")
     c.add_argument("--out", type=Path, default=Path("speed.png"), help="default: speed.png")
     c = command("train", training, "training steps", weights=False)

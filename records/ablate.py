@@ -5,7 +5,7 @@
 
 The first run is the base, with {}; then each line is added to the base. Keys are options of train.py (lr, vector_lr, decay, weight_decay,
 warmup_epochs, batch, steps, seed, cutoff, hidden, lmax, layers), and
-    seconds: as many steps as fit, in place of steps     weights: [energy, force, stress] of the loss
+    seconds: about as many steps as fit, for steps       weights: [energy, force, stress] of the loss
     momentum, orthogonal_steps: Muon's                   polar: the coefficients of Polar Express (Amsel et al. 2025)
     momentum_warmup: steps, from 0.85                    normuon: decay of NorMuon's second moments (Li et al. 2025)
     cautious: decay only where it agrees with the step   soap: Adam in Shampoo's basis (Vyas et al. 2024), then Muon
