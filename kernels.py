@@ -224,12 +224,12 @@ DEV void store_pair(Stored* p, float a, float b, int low) {
   *(unsigned*)(p + low) = rest(h, a, b);
 #endif
 }
-DEV void store_one(Stored* p, float a, int low) {
-  const unsigned h = half2(a, 0);
-  *p = (Stored)h;
-#if EXACT
-  p[low] = (Stored)rest(h, a, 0);
-#endif
+
+// A row of a matrix in shared memory: 8 weights, of which there are n, `stride` apart; their loads are on their way together
+DEV void stage_row(Stored* to, const float* from, int stride, int n) {
+  float w[8];
+  EACH(j, 8) w[j] = j < n ? __ldg(from + j * stride) : 0;
+  EACH(j, 4) store_pair(to + 2 * j, w[2 * j], w[2 * j + 1], 64);
 }
 
 // N <= 4 matrices in shared memory, `row` being where a thread's row of them is, as `load_matrices` has it
@@ -410,14 +410,17 @@ const int D1 = {D1}, NP = {NP}, MUL = {MUL}, XOFF = {XOFF}, CG = {CG};
 // Coupling coefficients of path p and component m of x: row m3 of 8, column m2 of 8
 DEV const float* coupling(const Args& A, int p, int m) {{ return A.cg + (CG + p * D1 + m) * 64; }}
 
-// Matrices of w3 (8 channels x 8 rows) of paths from `first` on, of n channels from u0 on: for each octet those of its
-// paths; PAIRS: for each path those of the even and of the odd of 16 channels.
-template <bool PAIRS>
-DEV void stage(Stored* to, const float* __restrict__ w3, int first, int paths, int u0, int n, int thread, int threads) {{
-  for (int i = thread; i < n * paths * K; i += threads) {{
-    const int c = i % n, k = i / n % K, p = i / (n * K), u = u0 + c;
-    const int matrix = PAIRS ? 2 * p + c % 2 : c / 8 * paths + p, row = PAIRS ? c / 2 : c % 8;
-    store_one(to + matrix * PLANE + k / 8 * TILE + row * 8 + k % 8, u < MUL ? w3[k * WDIM + COLUMN(first + p) + u] : 0, 64);
+// Matrices of w3 (8 channels x 8 rows) of N paths from FIRST on, of n channels from u0 on: for each octet those of its paths;
+// PAIRS: for each path those of the even and of the odd of 16 channels.
+template <bool PAIRS, int FIRST, int N>
+DEV void stage(Stored* to, const float* w3, int u0, int n, int thread, int threads) {{
+  for (int i = thread; i < n * K / 8; i += threads) {{
+    const int c = i % n, k = i / n;
+    const float* from = w3 + (i64)8 * k * WDIM + u0 + c;
+    EACH(p, N) {{
+      const int matrix = PAIRS ? 2 * p + c % 2 : c / 8 * N + p, row = PAIRS ? c / 2 : c % 8;
+      stage_row(to + matrix * PLANE + k * TILE + row * 8, from + COLUMN(FIRST + p), WDIM, u0 + c < MUL ? 8 : 0);
+    }}
   }}
 }}
 
@@ -431,7 +434,6 @@ DEV void forward(const Args& A, int task, char* memory) {{
   typedef Edges<16> Buffer[1 + TANGENT];
   Buffer* buffers = (Buffer*)(memory + 16);
   Stored* w3 = (Stored*)(buffers + 2) + warp * N * 2 * PLANE;
-  stage<true>(w3, A.w3, FIRST, N, u0, 16, lane, 32);
   int turn = 0, j[2][2];
   float rd[2][2];
   // What comes next: on its way while the present is at work. The edges are summed over, so those beyond the node's are its last
@@ -448,6 +450,7 @@ DEV void forward(const Args& A, int task, char* memory) {{
   }};
   Turns turns(A, (int*)memory);
   prepare(turns.begin, turns.end);
+  stage<true, FIRST, N>(w3, A.w3, u0, 16, lane, 32);
   for (; turns.node < A.n_atoms; turns.advance()) {{
     const int node = turns.node, begin = turns.begin, end = turns.end;
     turns.ask();
@@ -539,7 +542,6 @@ DEV void backward(const Args& A, int u0, char* memory) {{
   float4* gs_all = (float4*)(gw_all + (MODE ? (MOST * NP + 1) * DUAL * 32 : 0));  // of Y: of each warp and degree
   float* gr_all = (float*)(gs_all + (MODE < 2 ? {WARPS} * (LMAX + 1) * 32 : 0));  // of r: of each warp
   float* largest = gr_all + {WARPS} * 16;
-  stage<false>(w3, A.w3, 0, NP, u0, 8 * octets, threadIdx.x, blockDim.x);
   if (MODE) {{  // an odd number of octets and paths is made even by zeros
     EACH(d, DUAL) gw_all[(octets * NP * DUAL + d) * 32 + lane] = {{}};
     if (octets * NP % 2)
@@ -581,6 +583,7 @@ DEV void backward(const Args& A, int u0, char* memory) {{
   Turns turns(A, (int*)memory);
   prepare(turns.begin);
   gather();
+  stage<false, 0, NP>(w3, A.w3, u0, 8 * octets, threadIdx.x, blockDim.x);
   for (; turns.node < A.n_atoms; turns.advance()) {{
     const int node = turns.node, begin = turns.begin, end = turns.end;
     turns.ask();
@@ -1023,9 +1026,9 @@ const int BASIS_SIZE = BASIS * (1 + EXACT), TILES = K / 8, EDGES = 16 * WARPS;
 // (n, k) matrices of a (k, n) weight
 template <int INPUTS>
 DEV void stage_weights(Stored* to, const float* w, int rows) {
-  for (int i = threadIdx.x; i < INPUTS * K; i += blockDim.x) {
+  for (int i = threadIdx.x; i < INPUTS / 8 * K; i += 32 * WARPS) {
     const int k = i / K, n = i % K;
-    store_one(to + (n / 8 * (INPUTS / 8) + k / 8) * TILE + n % 8 * 8 + k % 8, k < rows ? w[k * K + n] : 0, 64);
+    stage_row(to + (n / 8 * (INPUTS / 8) + k) * TILE + n % 8 * 8, w + 8 * k * K + n, K, rows - 8 * k);
   }
 }
 // Column n of 8 before the first SiLU, and its tangent
@@ -2094,7 +2097,7 @@ class NormGate(torch.autograd.Function):
     def backward(ctx, g):
         v, weights = ctx.saved_tensors
         k, dual, n, g = ctx.k, ctx.dual, len(v) // (1 + ctx.dual), g.contiguous()
-        out, blocks = torch.empty_like(v), 8 * ctx.k.n_sm
+        out, blocks = torch.empty_like(v), max(min(-(-n // 4), 8 * ctx.k.n_sm), 1)
         gw = v.new_empty(4 * blocks, k.shape.n_weights)
         tangents = dict(vd=v[n:], outd=out[n:], gd=g[n:]) if dual else {}
         name = f"norm_gate_back_{str(dual).lower()}"

@@ -453,7 +453,9 @@ def energy_forces_stress(model, batch, create_graph=False):
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad():
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)
-        total = atom_energy.sum() + 0 * vectors.sum()  # depends on them also where there are no edges
+        total = atom_energy.sum()
+        if not len(vectors):  # on which it depends all the same
+            total = total + vectors.sum()
     (g,) = torch.autograd.grad(total, vectors, create_graph=create_graph)
     if not create_graph:
         atom_energy = atom_energy.detach()
@@ -465,7 +467,7 @@ def assemble(model, batch, atom_energy, g):
     n_atoms, n_structures = len(batch.numbers), len(batch.cell)
     energy = atom_energy + model.e0[model.species[batch.numbers]]
     energy = g.new_zeros(n_structures).index_add(0, batch.structure, energy)
-    forces = g.new_zeros(n_atoms, 3).index_add(0, batch.receivers, g).index_add(0, batch.senders, -g)
+    forces = g.new_zeros(n_atoms, 3).index_add(0, batch.receivers, g).index_add(0, batch.senders, g, alpha=-1)
     virial = (batch.vectors[:, :, None] * g[:, None, :]).flatten(1)  # (E, 9)
     virial = g.new_zeros(n_atoms, 9).index_add(0, batch.receivers, virial)  # first atoms, then structures:
     virial = g.new_zeros(n_structures, 9).index_add(0, batch.structure, virial)  # fewer atomics on one address

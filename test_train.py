@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 import ase.io
 import numpy as np
@@ -19,10 +21,11 @@ from ase.build import bulk, molecule
 
 import data
 import model as nequix
+import muon
 from data import PackedSet
 from test_data import HERE, batch_of, labelled, run
 from test_model import SHARED, needs_shared, small_model
-from train import FAST, batch_loss, evaluate, label_counts, learning_rate, parse_args, trouble, validate_weights
+from train import FAST, batch_loss, evaluate, label_counts, learning_rate, parse_args, train, trouble, validate_weights
 
 SMALL = "--hidden 8x0e+4x1o --lmax 1 --layers 2 --radial-size 8 --batch 6 --dtype float64 --device cpu --seed 3".split()
 
@@ -269,6 +272,32 @@ def test_an_ablation_of_nothing_is_the_recipe(packed, tmp_path, monkeypatch):
     assert first == ["2", "100.5", "(0.7)", "200.0", "(0.0)", "0.500", "(0.000)", "{}"] and second[-1] == '{"steps": 6, "batch": 64}'
     with pytest.raises(ValueError, match="different bases"):
         ablate.table([tmp_path / "0", tmp_path / "2"], "0.9")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_never_waits_for_the_gpu(packed, tmp_path, monkeypatch):
+    """The thread of the data does, which shows that waits are seen."""
+    waits, taken, step = [], 0, muon.Muon.step
+
+    def note(message, category, filename, line, *_):
+        if "called a synchronizing" in str(message):
+            waits.append((threading.current_thread() is threading.main_thread(), filename, line))
+
+    def watched_step(self):
+        nonlocal taken
+        taken += 1
+        if taken in (3, 20):
+            torch.cuda.set_sync_debug_mode("warn" if taken == 3 else "default")
+        step(self)
+
+    monkeypatch.setattr(muon.Muon, "step", watched_step)
+    monkeypatch.setattr(warnings, "showwarning", note)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    a = parse_args(["--data", str(packed), "--batch", "6", "--steps", "24", "--eval-every", "24", "--out", str(tmp_path / "run")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        train(a, torch.device("cuda", 0), torch.float32, 0, 1)
+    assert taken == 24 and waits and not [w for w in waits if w[0]]
 
 
 @needs_shared
