@@ -49,7 +49,7 @@ from torch.autograd.function import once_differentiable
 
 # Blocks a multiprocessor, by degree of the input: what the compiler fits the registers to, if the shared memory suffices
 BOUNDS = {
-    "forward<false>": (4, 4, 4, 6),
+    "forward<false>": (4, 4, 4, 5),
     "forward<true>": (3, 3, 4, 4),
     "backward<0>": (4, 3, 2, 2),
     "backward<1>": (4, 3, 2, 2),
@@ -70,6 +70,8 @@ typedef long long i64;
 DEV unsigned half2(float a, float b) { unsigned h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a)); return h; }
 DEV float first(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(h)); return x; }
 DEV float second(unsigned h) { float x; asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(h)); return x; }
+DEV unsigned mul2(unsigned a, unsigned b) { unsigned d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEV unsigned fma2(unsigned a, unsigned b, unsigned c) { unsigned d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
 // Rounded to TF32, whose 10 explicit bits are also those of float16; its other 13 may be anything
 DEV float tf32(float x) {
   unsigned t;
@@ -247,7 +249,7 @@ DEV void load(B8 (&b)[N], const Stored* row, int low) {
 DEV void load4(B8 (&b)[4], const Stored* m, int lane) { load<false>(b, m + lane / 8 * TILE + lane % 8 * 8, 64); }
 DEV void load4_transposed(B8 (&b)[4], const Stored* m, int lane) { load<true>(b, m + lane / 8 * TILE + lane % 8 * 8, 64); }
 // Two matrices in a row, and two a plane further on
-DEV const Stored* two_by_two(const Stored* m, int lane) { return m + lane / 16 * PLANE + lane / 8 % 2 * TILE + lane % 8 * 8; }
+DEV const Stored* two_by_two(const Stored* m, int lane) { return m + lane / 8 % 2 * PLANE + lane / 16 * TILE + lane % 8 * 8; }
 DEV void load2x2(B8 (&b)[4], const Stored* m, int lane) { load<false>(b, two_by_two(m, lane), 64); }
 DEV void load2x2_transposed(B8 (&b)[4], const Stored* m, int lane) { load<true>(b, two_by_two(m, lane), 64); }
 
@@ -314,6 +316,17 @@ DEV void load_columns(B8 (&b)[N], const Stored* rows, int at, int lane) {
   load<true>(b, rows + lane % 8 * ROW(SIZE) + (at + min(lane / 8, N - 1)) * 8, SIZE / 2);
 }
 
+// As B of products over 16 columns: for rows 0-7 and 8-15 in turn, matrices 2 s and 2 s + 1
+template <int SIZE>
+DEV void load_b_pairs(B8 (&b)[4], const Stored* rows, int s, int lane) {
+  load<false>(b, rows + (lane / 16 * 8 + lane % 8) * ROW(SIZE) + (2 * s + lane / 8 % 2) * 8, SIZE / 2);
+}
+// As B of products over 16 rows: matrix 2 s of rows 0-7 and of rows 8-15, then matrix 2 s + 1 of both; transposed
+template <int SIZE>
+DEV void load_k_pairs(B8 (&b)[4], const Stored* rows, int s, int lane) {
+  load<true>(b, rows + (lane / 8 % 2 * 8 + lane % 8) * ROW(SIZE) + (2 * s + lane / 16) * 8, SIZE / 2);
+}
+
 // Harmonics and hidden layer, or their tangents, of N edges in shared memory
 template <int N>
 struct __align__(16) Edges { Stored sh[N * ROW(SH_SIZE)], hidden[N * ROW(HIDDEN_SIZE)]; };
@@ -342,16 +355,16 @@ template <int N, bool DUAL>
 DEV void radial16(float (*w)[2][4], float (*wd)[2][4], const Edges<16>* edges, const Stored* w3, int lane) {
   EACH(p, N) EACH(t, 2) EACH(i, 4) { w[p][t][i] = 0; if (DUAL) wd[p][t][i] = 0; }
   EACH(j, K / 16) {
-    A8 h[2], hd[2];
-    load_rows<HIDDEN_SIZE>(h, edges[0].hidden, j, lane);
-    if (DUAL) load_rows<HIDDEN_SIZE>(hd, edges[1].hidden, j, lane);
+    B8 h[4], hd[4];
+    load_b_pairs<HIDDEN_SIZE>(h, edges[0].hidden, j, lane);
+    if (DUAL) load_b_pairs<HIDDEN_SIZE>(hd, edges[1].hidden, j, lane);
     EACH(p, N) {
-      B8 b[4];  // even channels, then odd ones
+      B8 b[4];  // even and odd channels in turn
       load2x2(b, w3 + 2 * p * PLANE + 2 * TILE * j, lane);
-      const A8 a = stack(b[0], b[2]), a1 = stack(b[1], b[3]);
+      const A8 a = stack(b[0], b[1]), a1 = stack(b[2], b[3]);
       EACH(t, 2) {
-        mma16(w[p][t], a, a1, part(h[0], t), part(h[1], t));
-        if (DUAL) mma16(wd[p][t], a, a1, part(hd[0], t), part(hd[1], t));
+        mma16(w[p][t], a, a1, h[2 * t], h[2 * t + 1]);
+        if (DUAL) mma16(wd[p][t], a, a1, hd[2 * t], hd[2 * t + 1]);
       }
     }
   }
@@ -482,9 +495,13 @@ DEV void forward(const Args& A, int task, char* memory) {{
         w[p][t][2 * c + i] *= valid[t][i];
         if constexpr (TANGENT) wd[p][t][2 * c + i] *= rate[t][i];
       }}
-      B8 y[2][LMAX + 1], yd[2][LMAX + 1];
-      EACH(t, 2) load_columns<SH_SIZE>(y[t], edges[0].sh + 8 * t * ROW(SH_SIZE), 0, lane);
-      if constexpr (TANGENT) EACH(t, 2) load_columns<SH_SIZE>(yd[t], edges[1].sh + 8 * t * ROW(SH_SIZE), 0, lane);
+      B8 y[LMAX / 2 + 1][4], yd[LMAX / 2 + 1][4];
+      EACH(s, LMAX / 2 + 1) load_k_pairs<SH_SIZE>(y[s], edges[0].sh, s, lane);
+      if constexpr (TANGENT) EACH(s, LMAX / 2 + 1) load_k_pairs<SH_SIZE>(yd[s], edges[1].sh, s, lane);
+#if !EXACT
+      A8 W[N][2], Wd[TANGENT ? N : 1][2];
+      EACH(p, N) EACH(t, 2) {{ W[p][t] = rows(w[p][t]); if constexpr (TANGENT) Wd[p][t] = rows(wd[p][t]); }}
+#endif
       EACH(m, D1) {{
         float x[2][4], xd[2][4];
         EACH(t, 2) EACH(i, 2) {{
@@ -495,18 +512,31 @@ DEV void forward(const Args& A, int task, char* memory) {{
             xd[t][i] = vd.v[0]; xd[t][2 + i] = vd.v[1];
           }}
         }}
+#if !EXACT
+        A8 X[2], Xd[2];
+        EACH(t, 2) {{ X[t] = rows(x[t]); if constexpr (TANGENT) Xd[t] = rows(xd[t]); }}
+#endif
         EACH(p, N) {{
+          A8 ra[2], rb[2];
+#if EXACT
           float a[2][4], b[2][4];
           EACH(t, 2) EACH(i, 4) {{
             a[t][i] = w[p][t][i] * x[t][i];
             if constexpr (TANGENT) b[t][i] = w[p][t][i] * xd[t][i] + wd[p][t][i] * x[t][i];
           }}
+          EACH(t, 2) {{ ra[t] = rows(a[t]); if constexpr (TANGENT) rb[t] = rows(b[t]); }}
+#else
+          EACH(t, 2) EACH(c, 2) {{
+            ra[t].v[c] = mul2(W[p][t].v[c], X[t].v[c]);
+            if constexpr (TANGENT) rb[t].v[c] = fma2(Wd[p][t].v[c], X[t].v[c], mul2(W[p][t].v[c], Xd[t].v[c]));
+          }}
+#endif
           const int l2 = L2(FIRST + p);
           if constexpr (TANGENT) {{
-            mma16(z[p][m], rows(a[0]), rows(a[1]), yd[0][l2], yd[1][l2]);
-            mma16(z[p][m], rows(b[0]), rows(b[1]), y[0][l2], y[1][l2]);
+            mma16(z[p][m], ra[0], ra[1], yd[l2 / 2][l2 % 2 * 2], yd[l2 / 2][l2 % 2 * 2 + 1]);
+            mma16(z[p][m], rb[0], rb[1], y[l2 / 2][l2 % 2 * 2], y[l2 / 2][l2 % 2 * 2 + 1]);
           }} else
-            mma16(z[p][m], rows(a[0]), rows(a[1]), y[0][l2], y[1][l2]);
+            mma16(z[p][m], ra[0], ra[1], y[l2 / 2][l2 % 2 * 2], y[l2 / 2][l2 % 2 * 2 + 1]);
         }}
       }}
     }}
@@ -644,15 +674,18 @@ DEV void backward(const Args& A, int u0, char* memory) {{
         float gs[LMAX + 1][4], gr[2] = {{0, 0}};
         A8 y[LMAX / 2 * 2 + 2], yd[LMAX / 2 * 2 + 2], h[K / 8], hd[K / 8];
         EACH(l, LMAX + 1) EACH(i, 4) gs[l][i] = 0;
-        EACH(s, LMAX / 2 + 1) {{
-          A8 a[2];
-          load_rows<SH_SIZE>(a, edges[0].sh, s, lane);
-          y[2 * s] = a[0]; y[2 * s + 1] = a[1];
+        EACH(l, LMAX + 1)
           if constexpr (MODE == 2) {{
-            load_rows<SH_SIZE>(a, edges[1].sh, s, lane);
-            yd[2 * s] = a[0]; yd[2 * s + 1] = a[1];
+            B8 b[4];  // of both buffers: y and yd in turn, as `mma16` takes them
+            load<false>(b, edges[lane / 16].sh + lane % 16 * ROW(SH_SIZE) + 8 * l, SH_SIZE / 2);
+            y[l] = stack(b[0], b[1]); yd[l] = stack(b[2], b[3]);
+          }} else {{
+            if (l % 2 == 0) {{
+              A8 a[2];
+              load_rows<SH_SIZE>(a, edges[0].sh, l / 2, lane);
+              y[l] = a[0]; y[l + 1] = a[1];
+            }}
           }}
-        }}
         EACH(s, K / 16) {{
           A8 a[2];
           load_rows<HIDDEN_SIZE>(a, edges[0].hidden, s, lane);
@@ -731,8 +764,8 @@ DEV void backward(const Args& A, int u0, char* memory) {{
             const A8* gw = gw_all + i * DUAL * 32 + lane;
             B8 b[4];
             load2x2_transposed(b, w3 + i * PLANE + c * 2 * TILE, lane);
-            EACH(n, 2) mma16(gh[n], gw[0], gw[DUAL * 32], b[n], b[2 + n]);
-            if (MODE == 2) EACH(n, 2) mma16(gslope[n], gw[32], gw[96], b[n], b[2 + n]);
+            EACH(n, 2) mma16(gh[n], gw[0], gw[DUAL * 32], b[2 * n], b[2 * n + 1]);
+            if (MODE == 2) EACH(n, 2) mma16(gslope[n], gw[32], gw[96], b[2 * n], b[2 * n + 1]);
           }}
           EACH(t, 2)
             if (live[t]) {{
@@ -877,7 +910,11 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
           load_x_row(x, tile.x + (2 * q + i) * X_ROW, i, g);
           if constexpr (DUAL) load_x_row(xd, tile.xd + (2 * q + i) * X_ROW, i, g);
         }}
-        EACH(l, LMAX + 1) {{
+        if constexpr (DUAL && LMAX % 2) EACH(j, (LMAX + 1) / 2) {{
+          B8 b[4];
+          load<false>(b, tile.edges[lane / 8 % 2].sh + lane % 8 * ROW(SH_SIZE) + (2 * j + lane / 16) * 8, HARMONICS);
+          y[2 * j] = b[0]; yd[2 * j] = b[1]; y[2 * j + 1] = b[2]; yd[2 * j + 1] = b[3];
+        }} else EACH(l, LMAX + 1) {{
           y[l] = load_pair(tile.edges[0].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
           if constexpr (DUAL) yd[l] = load_pair(tile.edges[1].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
         }}
@@ -900,14 +937,14 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
           a[p] = rows(gw);
           ad[p] = rows(gwd);
         }}
-        EACH(j, K / 32) {{
-          B8 h[4], hd[4];
+        if constexpr (DUAL) EACH(j, K / 16) {{
+          B8 h[4];  // hidden and its tangent in turn
+          load<true>(h, tile.edges[lane / 8 % 2].hidden + lane % 8 * ROW(HIDDEN_SIZE) + (2 * j + lane / 16) * 8, HIDDEN_SIZE / 2);
+          EACH(n, 2) EACH(p, N) mma16(acc[p][2 * j + n], a[p], ad[p], h[2 * n], h[2 * n + 1]);
+        }} else EACH(j, K / 32) {{
+          B8 h[4];
           load_columns<HIDDEN_SIZE>(h, tile.edges[0].hidden, 4 * j, lane);
-          if constexpr (DUAL) load_columns<HIDDEN_SIZE>(hd, tile.edges[1].hidden, 4 * j, lane);
-          EACH(n, 4) EACH(p, N) {{
-            if constexpr (DUAL) mma16(acc[p][4 * j + n], a[p], ad[p], h[n], hd[n]);
-            else mma8(acc[p][4 * j + n], a[p], h[n]);
-          }}
+          EACH(n, 4) EACH(p, N) mma8(acc[p][4 * j + n], a[p], h[n]);
         }}
       }}
     }}

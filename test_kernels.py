@@ -155,6 +155,10 @@ static float full(unsigned h) {
 static unsigned half2(float a, float b) { return half(a) | half(b) << 16; }
 static float first(unsigned h) { return full(h & 0xffff); }
 static float second(unsigned h) { return full(h >> 16); }
+static unsigned mul2(unsigned a, unsigned b) { return half2(first(a) * first(b), second(a) * second(b)); }
+static unsigned fma2(unsigned a, unsigned b, unsigned c) {  // float32 holds the products exactly, and their sums but for rare ties
+  return half2(first(a) * first(b) + first(c), second(a) * second(b) + second(c));
+}
 static float tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
 
 struct Product { float d[4]; };
