@@ -152,7 +152,9 @@ def race(kind, jobs, models, options, a):
         raise ValueError(f"--python: no model {', '.join(unknown)}")
     rows, lines = [], []
     with open(a.out / "log.txt", "w") as log:
-        remotes = [Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models]
+        remotes = [
+            Remote(kind, name, a.device, options, log, a.limit, pythons.get(name, sys.executable)) for name in models
+        ]
         try:
             first = {r.name: r.reply() for r in remotes}  # they start side by side
             lines += [f"{name}: {reply.get('what') or 'left out: ' + reply['error']}" for name, reply in first.items()]
@@ -166,7 +168,10 @@ def race(kind, jobs, models, options, a):
                 rows.append(dict(model=r.name, **job, **reply))
                 if "error" in reply:
                     given_up[r.name if r.process.poll() is not None else group] = reply["error"]
-                print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+                print(
+                    "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
+                    flush=True,
+                )
         except KeyboardInterrupt:
             lines.append("stopped before the end")
         finally:  # what still compiles would be in the way of whatever comes next
@@ -186,7 +191,11 @@ def markdown(rows, line, column, value):
     """A table of value(row): a line for each line(row), a column for each column(row), in order of appearance."""
     lines, columns = (list(dict.fromkeys(map(f, rows))) for f in (line, column))
     cells = {(line(r), column(r)): r["error"] if "error" in r else value(r) for r in rows}
-    text = [["", *columns], ["---"] * (1 + len(columns)), *([k, *(cells.get((k, c), "") for c in columns)] for k in lines)]
+    text = [
+        ["", *columns],
+        ["---"] * (1 + len(columns)),
+        *([k, *(cells.get((k, c), "") for c in columns)] for k in lines),
+    ]
     return "\n".join("| " + " | ".join(map(str, t)) + " |" for t in text)
 
 
@@ -293,10 +302,18 @@ def mace(device, weights):
     numbers = [*range(1, 84), *range(89, 95)]
     torch.manual_seed(0)
     block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
-    shape = dict(hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"), r_max=6.0, num_bessel=10, max_ell=3)
-    shape |= dict(num_polynomial_cutoff=5, num_interactions=2, correlation=3, interaction_cls=block, interaction_cls_first=block)
-    shape |= dict(num_elements=len(numbers), atomic_numbers=numbers, atomic_energies=np.zeros(len(numbers)), use_reduced_cg=False)
-    shape |= dict(avg_num_neighbors=61.96, atomic_inter_scale=0.804, atomic_inter_shift=0.164, gate=torch.nn.functional.silu)
+    shape = dict(
+        hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"), r_max=6.0, num_bessel=10, max_ell=3
+    )
+    shape |= dict(
+        num_polynomial_cutoff=5, num_interactions=2, correlation=3, interaction_cls=block, interaction_cls_first=block
+    )
+    shape |= dict(
+        num_elements=len(numbers), atomic_numbers=numbers, atomic_energies=np.zeros(len(numbers)), use_reduced_cg=False
+    )
+    shape |= dict(
+        avg_num_neighbors=61.96, atomic_inter_scale=0.804, atomic_inter_shift=0.164, gate=torch.nn.functional.silu
+    )
     cueq = device == "cuda" and installed("cuequivariance_ops_torch")
     model = modules.ScaleShiftMACE(**shape).float()
     calc = MACECalculator(models=model, device=device, default_dtype="float32", enable_cueq=cueq)
@@ -349,8 +366,12 @@ def orb(device, weights):
     from orb_models.forcefield import pretrained
     from orb_models.forcefield.inference.calculator import ORBCalculator
 
-    model, adapter = pretrained.orb_v3_conservative_inf_mpa(device=device, precision="float32-highest")  # fetches weights
-    return ORBCalculator(model, adapter, device=device), f"orb-models {version('orb-models')}, orb-v3-conservative-inf-mpa"
+    model, adapter = pretrained.orb_v3_conservative_inf_mpa(
+        device=device, precision="float32-highest"
+    )  # fetches weights
+    return ORBCalculator(
+        model, adapter, device=device
+    ), f"orb-models {version('orb-models')}, orb-v3-conservative-inf-mpa"
 
 
 PEERS = {"nequix-torch": peer(nequix_torch), "nequix-jax": peer(nequix_jax), "mace": peer(mace)}
@@ -378,8 +399,14 @@ def infer(a, device):
             large = list({r["atoms"]: r for r in large}.values())  # two sizes may give one crystal
             if len(large) > 1:
                 slope = np.polyfit(*np.log([[r["atoms"], r["ms"]] for r in large]).T, 1)[0]
-                extra = (large[-1]["memory_GiB"] - large[-2]["memory_GiB"]) / (large[-1]["atoms"] - large[-2]["atoms"]) * 2**20
-                text.append(f"{model}: time grows as atoms^{slope:.2f} from {large[0]['atoms']} atoms on; {extra:.1f} KiB an atom")
+                extra = (
+                    (large[-1]["memory_GiB"] - large[-2]["memory_GiB"])
+                    / (large[-1]["atoms"] - large[-2]["atoms"])
+                    * 2**20
+                )
+                text.append(
+                    f"{model}: time grows as atoms^{slope:.2f} from {large[0]['atoms']} atoms on; {extra:.1f} KiB an atom"
+                )
         text.append("")
     text.append(PUBLISHED)
     (a.out / "infer.md").write_text("\n".join(text) + "\n")
@@ -395,7 +422,9 @@ def draw(rows, symbols, path, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(symbols), figsize=(5 * len(symbols), 4), layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(symbols), figsize=(5 * len(symbols), 4), layout="constrained", sharey=True, squeeze=False
+    )
     for axis, symbol in zip(axes[0], symbols):
         for model in dict.fromkeys(r["model"] for r in rows):
             mine = [r for r in rows if (r["model"], r["symbol"]) == (model, symbol)]
@@ -418,7 +447,10 @@ def plot(a, device):
         titles.append(file.with_suffix(".md").read_text().splitlines()[0])  # the machine
     if not times:
         raise ValueError("no ASE steps in these files: they are the infer.csv of races")
-    rows = [dict(model=m, symbol=s, atoms=n, ms=statistics.median(ms)) for (m, s, n), ms in sorted(times.items(), key=lambda t: t[0][2])]
+    rows = [
+        dict(model=m, symbol=s, atoms=n, ms=statistics.median(ms))
+        for (m, s, n), ms in sorted(times.items(), key=lambda t: t[0][2])
+    ]
     draw(rows, sorted({r["symbol"] for r in rows}), a.out, "; ".join(dict.fromkeys(titles)))
 
 
@@ -449,8 +481,12 @@ def our_training(conv):
         def case(steps, batch):
             rng, replay = np.random.default_rng(0), Replay(model, (20.0, 20.0, 5.0))
             counts, marks, sizes = label_counts(packed, frames) * batch / len(frames), [], []
-            order = np.concatenate([rng.permutation(frames) for _ in range(-(-(WARM_UP + steps) * batch // len(frames)))])
-            pieces = [deal(order[i * batch : (i + 1) * batch], packed.n_edges, ranks)[rank] for i in range(WARM_UP + steps)]
+            order = np.concatenate(
+                [rng.permutation(frames) for _ in range(-(-(WARM_UP + steps) * batch // len(frames)))]
+            )
+            pieces = [
+                deal(order[i * batch : (i + 1) * batch], packed.n_edges, ranks)[rank] for i in range(WARM_UP + steps)
+            ]
 
             def run(pieces):
                 for b in prefetch(packed, pieces):
@@ -470,12 +506,19 @@ def our_training(conv):
             run(pieces[WARM_UP:])
             whole = (clock(device) - start) / steps
             atoms, edges = (float(x) for x in ranks * np.mean(sizes[WARM_UP + 2 :], axis=0))
-            result = spread(between(marks)) | dict(rate=batch / whole, atoms_per_s=atoms / whole, edges_per_s=edges / whole)
+            result = spread(between(marks)) | dict(
+                rate=batch / whole, atoms_per_s=atoms / whole, edges_per_s=edges / whole
+            )
             if split:
-                result |= busy_share(lambda: run(pieces[:5]), device) | parts_of_a_step(packed, pieces[0], model, counts, update)
+                result |= busy_share(lambda: run(pieces[:5]), device) | parts_of_a_step(
+                    packed, pieces[0], model, counts, update
+                )
             return result
 
-        return case, f"this repository, {'TF32' if tf32 else 'float32'}, convolution {model.chosen_conv()}, {ranks} rank(s)"
+        return (
+            case,
+            f"this repository, {'TF32' if tf32 else 'float32'}, convolution {model.chosen_conv()}, {ranks} rank(s)",
+        )
 
     return make
 
@@ -534,7 +577,11 @@ def busy_share(run, device):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    spans = [(e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [
+        (e.time_range.start, e.time_range.end)
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    ]
     busy, last = 0, min(spans)[0]
     for start, end in sorted(spans):
         busy, last = busy + max(end - max(start, last), 0), max(last, end)
@@ -545,8 +592,12 @@ def busy_share(run, device):
 # one that is made before the clock.
 
 OFFICIAL = dict(hidden_irreps="128x0e + 64x1o + 32x2e + 32x3o", lmax=3, cutoff=6.0, n_layers=4, radial_basis_size=8)
-OFFICIAL |= dict(radial_mlp_size=64, radial_mlp_layers=2, radial_polynomial_p=6.0, mlp_init_scale=4.0, index_weights=False)
-OFFICIAL |= dict(layer_norm=True, shift=0.16502578765761478, scale=0.8066479563713074, avg_n_neighbors=57.413687022442645)
+OFFICIAL |= dict(
+    radial_mlp_size=64, radial_mlp_layers=2, radial_polynomial_p=6.0, mlp_init_scale=4.0, index_weights=False
+)
+OFFICIAL |= dict(
+    layer_norm=True, shift=0.16502578765761478, scale=0.8066479563713074, avg_n_neighbors=57.413687022442645
+)
 
 
 def official_batch(packed, size):
@@ -554,7 +605,9 @@ def official_batch(packed, size):
     frames, rng = packed.indices(TRAIN), np.random.default_rng(0)
     b = packed.batch(np.concatenate([rng.permutation(frames) for _ in range(-(-size // len(frames)))])[:size])
     elements = torch.tensor(packed.meta["statistics"]["atomic_numbers"], device=b.numbers.device)
-    integers = dict(n_node=b.n_atoms, n_edge=torch.bincount(b.structure[b.receivers], minlength=size), senders=b.senders)
+    integers = dict(
+        n_node=b.n_atoms, n_edge=torch.bincount(b.structure[b.receivers], minlength=size), senders=b.senders
+    )
     integers |= dict(receivers=b.receivers, species=torch.searchsorted(elements, b.numbers), structure=b.structure)
     floats = {k: getattr(b, k) for k in ("positions", "shifts", "cell", "energy", "forces", "stress")}
     return {k: v.cpu().numpy().astype(t) for g, t in ((integers, np.int32), (floats, np.float32)) for k, v in g.items()}
@@ -576,7 +629,9 @@ def official_rates(step, wait, steps, size, arrays):
         wait()
         seconds.append(time.perf_counter() - start)
     whole = sum(seconds) / steps
-    more = dict(rate=size / whole, atoms_per_s=len(arrays["species"]) / whole, edges_per_s=len(arrays["senders"]) / whole)
+    more = dict(
+        rate=size / whole, atoms_per_s=len(arrays["species"]) / whole, edges_per_s=len(arrays["senders"]) / whole
+    )
     return spread(seconds) | more
 
 
@@ -600,7 +655,9 @@ def official_torch(device, path, tf32, split):
         class Graphs(types.SimpleNamespace):  # as torch_geometric's collate has it
             __getitem__ = types.SimpleNamespace.__getattribute__
 
-        graphs = Graphs(x=t["species"].long(), edge_attr=t["shifts"], batch=t["structure"].long(), num_graphs=batch, **t)
+        graphs = Graphs(
+            x=t["species"].long(), edge_attr=t["shifts"], batch=t["structure"].long(), num_graphs=batch, **t
+        )
         graphs.edge_index = torch.stack([t["senders"], t["receivers"]]).long()
 
         def step():  # train_step of nequix/torch_impl/train.py
@@ -692,7 +749,9 @@ def training(a, device):
     value = lambda r: f"{r['atoms_per_s']:.0f}, {r['edges_per_s']:.0f}"
     text += [markdown(rows, lambda r: r["model"], lambda r: r["batch"], value), ""]
     if a.split:
-        of = [k for k in dict.fromkeys(itertools.chain.from_iterable(rows)) if k.startswith("busy") or k.endswith("_ms")]
+        of = [
+            k for k in dict.fromkeys(itertools.chain.from_iterable(rows)) if k.startswith("busy") or k.endswith("_ms")
+        ]
         value = lambda r: ", ".join(f"{r[k]:.2f}" for k in of if k in r)
         text += [", ".join(of), "", markdown(rows, lambda r: r["model"], lambda r: r["batch"], value), ""]
     value = lambda r: f"{100 * MPTRJ / r['rate'] / 3600 * int(os.environ.get('WORLD_SIZE', 1)):.1f}"
@@ -724,7 +783,9 @@ def relaxations(a, device):
     size = sum(map(len, structures)) / len(structures)
     print(f"{len(structures)} structures, {size:.1f} atoms on average, of {a.file}: ", end="")
     print(f"fmax {a.fmax} eV/A, at most {a.max_steps} steps")
-    print(f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end="")
+    print(
+        f"relax: {seconds:.1f} s, {len(structures) / seconds:.2f} structures/s, {taken / seconds:.0f} steps/s; ", end=""
+    )
     print(f"converged {converged / len(structures):.2%}, failed {failed}; batches of {calc.max_edges} edges")
 
     fit = [i for i, atoms in enumerate(structures) if atoms.pbc.all() and not results[i][3]]  # for ASE's filter
@@ -739,8 +800,12 @@ def relaxations(a, device):
     if picks:
         one_by_one = (clock(device) - start) / len(picks)
         faster = one_by_one * len(structures) / seconds
-        print(f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster")
-        print(f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}")
+        print(
+            f"ASE one by one, {len(picks)} of them: {1 / one_by_one:.3f} structures/s; relax is {faster:.1f} times faster"
+        )
+        print(
+            f"energies differ by {np.median(apart):.4f} meV/atom (median), {max(apart):.4f} (most); converged alike: {same}"
+        )
 
     few = structures[: a.n_torch_sim]
     try:
@@ -766,7 +831,12 @@ def torch_sim_relaxed(structures, calc, fmax, max_steps):
     class Wrapped(ModelInterface):
         def __init__(self):
             super().__init__()
-            self._device, self._dtype, self._compute_stress, self._compute_forces = calc.device, torch.float64, True, True
+            self._device, self._dtype, self._compute_stress, self._compute_forces = (
+                calc.device,
+                torch.float64,
+                True,
+                True,
+            )
             self._memory_scales_with = "n_atoms_x_density"
 
         def forward(self, s):
@@ -837,8 +907,16 @@ def main():
     def racing(c, kind):
         c.add_argument("--models", nargs="+", choices=MODELS[kind], help="default: all that are installed")
         c.add_argument("--steps", type=int, default=20, help="steps timed (default: 20)")
-        c.add_argument("--python", nargs="+", default=[], metavar="MODEL=INTERPRETER", help="of packages in environments of their own")
-        c.add_argument("--limit", type=float, default=300, help="s; a model slower than that is left out of a size (default: 300)")
+        c.add_argument(
+            "--python",
+            nargs="+",
+            default=[],
+            metavar="MODEL=INTERPRETER",
+            help="of packages in environments of their own",
+        )
+        c.add_argument(
+            "--limit", type=float, default=300, help="s; a model slower than that is left out of a size (default: 300)"
+        )
         c.add_argument("--out", type=Path, default=Path(f"runs/speed_{kind}"), help=f"default: runs/speed_{kind}")
 
     c = command("infer", infer, "ASE steps of diamond and silicon")
@@ -852,7 +930,9 @@ def main():
     c = command("train", training, "training steps", weights=False)
     racing(c, "train")
     c.add_argument("data", help="a packed set")
-    c.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="structures (default: 64 to 1024)")
+    c.add_argument(
+        "--batches", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="structures (default: 64 to 1024)"
+    )
     c.add_argument("--tf32", action="store_true", help="TF32 matrix products")
     c.add_argument("--split", action="store_true", help="also each part of a step, and how busy the GPU is")
     c = command("relax", relaxations, "structures/s of relax")

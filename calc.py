@@ -54,7 +54,9 @@ def at(listed, positions, cell, cutoff):
     """
     b = dataclasses.replace(listed, positions=positions, cell=cell, shifts=None)
     vectors = positions[b.senders] - positions[b.receivers]
-    vectors += listed.shifts @ cell[0] if len(cell) == 1 else data.shift_vectors(listed.shifts, cell, b.structure[b.receivers])
+    vectors += (
+        listed.shifts @ cell[0] if len(cell) == 1 else data.shift_vectors(listed.shifts, cell, b.structure[b.receivers])
+    )
     index = torch.arange(len(vectors), device=vectors.device)
     within = (vectors.square().sum(1) < cutoff**2) & (index < b.row_ptr[-1])
     count = torch.nn.functional.pad(within.cumsum(0), (1, 0))
@@ -252,11 +254,17 @@ def at_rest(records, device):
     atoms = [r["atoms"] for r in records]
     pack = lambda join, arrays: torch.from_numpy(join(list(arrays))).to(device)
     s = dict(numbers=pack(np.concatenate, (a.numbers for a in atoms)), pbc=pack(np.stack, (a.pbc for a in atoms)))
-    s |= dict(positions=pack(np.concatenate, (a.positions for a in atoms)), cell=pack(np.stack, (r["cell"] for r in records)))
+    s |= dict(
+        positions=pack(np.concatenate, (a.positions for a in atoms)), cell=pack(np.stack, (r["cell"] for r in records))
+    )
     s["n_atoms"] = n = torch.tensor([len(a) for a in atoms], device=device)
     tenth, zero = torch.full_like(n, 0.1, dtype=torch.float64), torch.zeros_like(s["cell"])
-    s |= dict(velocity=torch.zeros_like(s["positions"]), cell0=s["cell"], log_f=zero, cell_velocity=zero, dt=tenth, mix=tenth)
-    return s | dict(downhill=torch.zeros_like(n), step=torch.zeros_like(n), converged=torch.zeros_like(n, dtype=torch.bool))
+    s |= dict(
+        velocity=torch.zeros_like(s["positions"]), cell0=s["cell"], log_f=zero, cell_velocity=zero, dt=tenth, mix=tenth
+    )
+    return s | dict(
+        downhill=torch.zeros_like(n), step=torch.zeros_like(n), converged=torch.zeros_like(n, dtype=torch.bool)
+    )
 
 
 def picked(s, which, names):
@@ -339,7 +347,9 @@ def start(index, atoms, model, symprec):
     cell = atoms.cell.array
     if not atoms.pbc.all():
         cell = data.complete_cell(torch.from_numpy(cell)[None], torch.from_numpy(atoms.pbc)[None])[0].numpy()
-    return dict(index=index, atoms=atoms, cell=cell, edges=expected_edges(atoms, cell, model.config["cutoff"])) | symmetry
+    return (
+        dict(index=index, atoms=atoms, cell=cell, edges=expected_edges(atoms, cell, model.config["cutoff"])) | symmetry
+    )
 
 
 def end(r, x=None, error=None):
@@ -380,7 +390,9 @@ class NequixCalculator(Calculator):
 
     def fingerprint(self):
         """12 hexadecimal digits of the weights and E0s."""
-        weights = b"".join(p.detach().float().cpu().numpy().tobytes() for p in [self.model.e0, *self.model.parameters()])
+        weights = b"".join(
+            p.detach().float().cpu().numpy().tobytes() for p in [self.model.e0, *self.model.parameters()]
+        )
         return hashlib.sha256(weights).hexdigest()[:12]
 
     def check_state(self, atoms, tol=0):
@@ -445,7 +457,9 @@ class NequixCalculator(Calculator):
                     complete = still_complete(at_positions, inverse_cell, positions, completed, structure, self.cutoff)
                 if complete:
                     return torch.cat([positions, completed[0]])
-        numbers, positions, pbc, cell = (x.clone() for x in (numbers, positions, pbc, cell))  # those of atoms may change
+        numbers, positions, pbc, cell = (
+            x.clone() for x in (numbers, positions, pbc, cell)
+        )  # those of atoms may change
         n_atoms, completed = torch.tensor([len(atoms)]), data.complete_cell(cell, pbc)
         listed = data.make_batch(numbers, positions, completed, pbc, n_atoms, self.cutoff + SKIN, self.device)
         listed.shifts = listed.shifts.double()
@@ -593,7 +607,9 @@ def read(files):
             for k, atoms in enumerate(ase.io.iread(file, ":")):
                 yield f"{file}#{k}", atoms
         except Exception as e:  # ASE's readers raise all kinds
-            raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+            raise ValueError(
+                f"{file} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+            ) from None
 
 
 def check_out(path):
@@ -629,7 +645,10 @@ def main():
         if not frames:
             raise ValueError(f"no structures in {', '.join(a.files)}")
         names, structures = zip(*frames)
-        print(f"{'structure':32} {'formula':>16} {'energy':>12} {'energy/atom':>12} {'max force':>10} {'pressure':>10}", end="")
+        print(
+            f"{'structure':32} {'formula':>16} {'energy':>12} {'energy/atom':>12} {'max force':>10} {'pressure':>10}",
+            end="",
+        )
         print(f"{'steps':>7}" if a.relax else "")
         print(f"{'':32} {'':>16} {'eV':>12} {'eV':>12} {'eV/A':>10} {'GPa':>10}")
         if not a.relax:  # constraints take no part

@@ -133,7 +133,9 @@ def find_pairs(cutoff, positions, structure, bin, wrap, cell, pbc, bins, reach, 
     for block in torch.arange(len(positions)).split(50_000):  # bounds the memory of the candidates
         atom, visit = ragged(block, n_visits[block])
         s = structure[atom]
-        step = torch.stack([visit // (span[s, 1] * span[s, 2]), visit // span[s, 2] % span[s, 1], visit % span[s, 2]], 1)
+        step = torch.stack(
+            [visit // (span[s, 1] * span[s, 2]), visit // span[s, 2] % span[s, 1], visit % span[s, 2]], 1
+        )
         target = bin[atom] + step - reach[s]
         image = target.div(bins[s], rounding_mode="floor")
         target = bin_number(target - image * bins[s], first_bin, bins, s)
@@ -212,7 +214,9 @@ def moved(tensors, device):
         return {k: t.to(device) for k, t in tensors.items()}
     sizes = [-(-t.nbytes // 16) * 16 for t in tensors.values()]  # each begins where any type may
     host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    views = lambda memory: [p[: t.nbytes].view(t.dtype).view(t.shape) for p, t in zip(memory.split(sizes), tensors.values())]
+    views = lambda memory: [
+        p[: t.nbytes].view(t.dtype).view(t.shape) for p, t in zip(memory.split(sizes), tensors.values())
+    ]
     torch._foreach_copy_(views(host), list(tensors.values()))
     return dict(zip(tensors, views(host.to(device, non_blocking=True))))
 
@@ -228,7 +232,9 @@ class PackedSet:
     def __init__(self, path, cutoff=CUTOFF, device="cpu"):
         self.path, self.cutoff, self.device = Path(path), cutoff, torch.device(device)
         if not (self.path / "meta.json").is_file():
-            raise FileNotFoundError(f"no packed set at {path}: make one with `python data.py sample`, `mptrj` or `pack`")
+            raise FileNotFoundError(
+                f"no packed set at {path}: make one with `python data.py sample`, `mptrj` or `pack`"
+            )
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
             a = {k: np.load(self.path / f"{k}.npy", mmap_mode="c") for k in self.ARRAYS}
@@ -434,7 +440,9 @@ def frame_arrays(atoms, name, max_force, need_stress):
     info = {k: str(v) for k, v in atoms.info.items()}
     if {"task_id", "calc_id", "ionic_step"} <= info.keys():  # MPtrj by Yuan
         info.setdefault("frame_id", f"{info['task_id']}-{info['calc_id']}-{info['ionic_step']}")
-    frame_id = next((info[k] for k in ("frame_id", "mptrj_snapshot_id", "alexandria_id", "internal_id") if k in info), name)
+    frame_id = next(
+        (info[k] for k in ("frame_id", "mptrj_snapshot_id", "alexandria_id", "internal_id") if k in info), name
+    )
     material = next((info[k] for k in ("material_id", "mp_id", "mptrj_traj_id") if k in info), frame_id)
     arrays = dict(positions=atoms.positions, forces=forces, cell=atoms.cell.array[None], stress=stress[None])
     arrays = {k: v.astype(np.float32) for k, v in arrays.items()}
@@ -524,7 +532,9 @@ def read_frames(files):
                     if not first.strip():
                         continue
                     if not first.strip().isdigit():
-                        raise ValueError(f"expected a number of atoms, not {first.strip()[:40]!r}; the rest is not read")
+                        raise ValueError(
+                            f"expected a number of atoms, not {first.strip()[:40]!r}; the rest is not read"
+                        )
                     lines = list(itertools.islice(text, int(first) + 1))
                     if len(lines) <= int(first):
                         raise ValueError("the file ends in the middle of it")

@@ -165,7 +165,9 @@ def relax(a, every, calc, rank, ranks, start):
     left = set(mine) - done
     device = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "cpu"
     if rank == 0:
-        print(f"{len(every)} structures, {len(done.intersection(every))} of them done before; {ranks} x {device}; {settings}")
+        print(
+            f"{len(every)} structures, {len(done.intersection(every))} of them done before; {ranks} x {device}; {settings}"
+        )
     if not left:
         return
 
@@ -246,7 +248,9 @@ def rmsds(every, relaxed, truth):
         out[rows] = list(tqdm(found, "RMSD", len(pairs), unit="structure", disable=None))
     energies = [(ENERGY.search(p), ENERGY.search(t), int(p.split()[0])) for p, t in pairs]
     if off := [abs(float(p[1]) - float(t[1])) / n for p, t, n in energies if t]:
-        print(f"energies of {len(off)} structures, against those with the DFT-relaxed: MAE {1000 * np.mean(off):.2f} meV/atom")
+        print(
+            f"energies of {len(off)} structures, against those with the DFT-relaxed: MAE {1000 * np.mean(off):.2f} meV/atom"
+        )
     return out
 
 
@@ -277,7 +281,10 @@ def metrics(error, hull, distance, srme=None, prevalence=None):
 
 def score(summary, error, distance, srme=None):
     """Print the metrics of each subset that the summary allows, and what is left out. Returns {subset: metrics}."""
-    hull, unique = summary.get(HULL, np.full(len(error), np.nan)), summary.get("unique_prototype", np.array([""])) == "True"
+    hull, unique = (
+        summary.get(HULL, np.full(len(error), np.nan)),
+        summary.get("unique_prototype", np.array([""])) == "True",
+    )
     of = lambda rows, **kwargs: metrics(error[rows], hull[rows], distance[rows], srme, **kwargs)
     table, left_out = {"all": of(slice(None))}, []
     if np.isnan(hull).any():
@@ -288,7 +295,9 @@ def score(summary, error, distance, srme=None):
         table["unique prototypes"] = of(unique)
         best = np.argsort(np.where(unique, hull + error, np.nan), kind="stable")[:10_000]  # NaN last
         if len(best) < 10_000 or np.isnan(hull[unique]).any() or np.isnan(error[best]).any() or not unique[best].all():
-            left_out.append("10k most stable: needs 10,000 predictions, and all hull distances, among the unique prototypes")
+            left_out.append(
+                "10k most stable: needs 10,000 predictions, and all hull distances, among the unique prototypes"
+            )
         else:
             table["10k most stable"] = of(best, prevalence=(hull[unique] <= 0).mean())
     if np.isnan(distance).all():
@@ -315,7 +324,9 @@ def plot(path, hull, error):
     windows = [np.abs(e[np.abs(x - c) <= 0.02]) for c in centres]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     left.plot(x, x + e, ".", [-1, 1, np.nan, 0, 0], [0, 0, np.nan, -1, 1], "k-", ms=1, lw=0.5)
-    left.set(xlim=(-0.4, 0.4), ylim=(-0.4, 0.4), ylabel="predicted hull distance (eV/atom)", title=f"{len(x)} structures")
+    left.set(
+        xlim=(-0.4, 0.4), ylim=(-0.4, 0.4), ylabel="predicted hull distance (eV/atom)", title=f"{len(x)} structures"
+    )
     right.plot(centres, [w.mean() if len(w) else np.nan for w in windows])
     right.fill_between([-0.2, 0, 0.2], [0.2, 0, 0.2], 0.2, color="0.9", label="|error| > |hull distance|")
     right.set(xlim=(-0.2, 0.2), ylim=(0, 0.2), ylabel="MAE within 0.02 eV/atom (eV/atom)")
@@ -409,7 +420,9 @@ def run(a, start, rank, ranks, index):
     every = summary["material_id"].tolist()
     distance = np.full(len(every), np.nan)
     if not a.score:
-        truth = dict(read_structures(a.relaxed, set(every))) if a.relaxed and rank == 0 else {}  # soon, should it be damaged
+        truth = (
+            dict(read_structures(a.relaxed, set(every))) if a.relaxed and rank == 0 else {}
+        )  # soon, should it be damaged
         if a.relaxed and rank == 0 and not truth:
             raise ValueError(f"the ids do not match: {a.relaxed} has none of {a.summary}, such as {every[0]}")
         relax(a, every, calc, rank, ranks, start)

@@ -128,7 +128,11 @@ def find_mdr(files):
             raise FileNotFoundError(f"no file {file}, or a folder without .yaml")
         for p in inside:
             try:
-                new = [(e["mp_id"], (p, e)) for e in load_json(p)] if ".json" in p.suffixes else [(yaml.sub("", p.name), (p,))]
+                new = (
+                    [(e["mp_id"], (p, e)) for e in load_json(p)]
+                    if ".json" in p.suffixes
+                    else [(yaml.sub("", p.name), (p,))]
+                )
             except (KeyError, TypeError) as e:
                 raise ValueError(f"{p} is no list of structures with an mp_id ({type(e).__name__} {e})") from None
             for k, where in new:
@@ -171,7 +175,9 @@ def read_kappa(path):
             m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True))
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
-        raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__} {e})".split("\n")[0]) from None
+        raise ValueError(
+            f"{path} can't be read, or has no supercells ({type(e).__name__} {e})".split("\n")[0]
+        ) from None
     if not out:
         raise ValueError(f"{path} has no structures")
     return out
@@ -195,7 +201,9 @@ def check_sources(out, materials):
         except FileNotFoundError:
             continue
         except Exception as e:  # numpy raises all kinds
-            raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it and run --stage forces again") from None
+            raise ValueError(
+                f"{path} is damaged ({type(e).__name__}): delete it and run --stage forces again"
+            ) from None
         if not same:
             raise ValueError(f"{path} was made of another {k}: choose another --out")
 
@@ -310,7 +318,9 @@ def forces_stage(a, materials, s, calc, mapped):
             for k, (m, error) in zip(fresh, mapped(attempt, [materials[k] for k in fresh])):
                 finish(k, error) if error else batch.append((k, m, m["atoms"], 0))
             relaxed, arrays, left, order = [], {}, {}, []
-            for index, atoms, _, converged, steps, error in calc.relax((b[2] for b in batch), s["fmax"], s["steps"], **how):
+            for index, atoms, _, converged, steps, error in calc.relax(
+                (b[2] for b in batch), s["fmax"], s["steps"], **how
+            ):
                 k, m, _, before = batch[index]
                 steps += before
                 if s["task"] == "mdr" and not (converged or error):
@@ -363,12 +373,18 @@ def quantities(ph):
     the modes on phonopy's default mesh that are not imaginary."""
     from phonopy.harmonic.dynmat_to_fc import get_commensurate_points
 
-    ph.run_qpoints(get_commensurate_points(np.rint(np.linalg.inv(ph.primitive_matrix) @ ph.supercell_matrix).astype(int)))
+    ph.run_qpoints(
+        get_commensurate_points(np.rint(np.linalg.inv(ph.primitive_matrix) @ ph.supercell_matrix).astype(int))
+    )
     frequencies = ph.get_qpoints_dict()["frequencies"]
     ph.run_mesh()
     ph.run_thermal_properties(temperatures=[TEMPERATURE], cutoff_frequency=NO_MODE)
     t = ph.get_thermal_properties_dict()
-    values = frequencies.max() * THZ_TO_K, *(t[k][0] for k in ("entropy", "free_energy", "heat_capacity")), frequencies.min()
+    values = (
+        frequencies.max() * THZ_TO_K,
+        *(t[k][0] for k in ("entropy", "free_energy", "heat_capacity")),
+        frequencies.min(),
+    )
     return dict(zip([*QUANTITIES, LOWEST], map(float, values)))
 
 
@@ -383,7 +399,9 @@ def score_mdr(out, results, functional):
     good, pairs, columns = [r for r in results.values() if "error" not in r], {}, [*QUANTITIES, LOWEST]
     sides = [(q, side) for q in columns for side in ("dft", "model")]
     header = ["material_id", "atoms", "steps", *(f"{q}, {side}" for q, side in sides), "error"]
-    flat = [dict(material_id=k) | r | {f"{q}, {s}": r[s].get(q) for q, s in sides if s in r} for k, r in results.items()]
+    flat = [
+        dict(material_id=k) | r | {f"{q}, {s}": r[s].get(q) for q, s in sides if s in r} for k, r in results.items()
+    ]
     save_csv(out / "mdr.csv", [header, *([r.get(c) for c in header] for r in flat)])
     print(f"{len(good)} of {len(results)} materials scored; reference: {functional}", end="")
     print("" if functional == "PBE" else ", not the PBE of the training data: this tests the pipeline, not the model")
@@ -399,8 +417,10 @@ def score_mdr(out, results, functional):
             print(f"{q:24}{np.abs(error).mean():12.4f}{error.mean():12.4f}{error.size:12}")
     n = Counter(tuple(bool(r[k][LOWEST] >= UNSTABLE) for k in ("dft", "model")) for r in good if LOWEST in r["dft"])
     if n:
-        print(f"stable (no mode below {UNSTABLE} THz) by DFT and the model: {n[True, True]}, by DFT only {n[True, False]}, "
-              f"by the model only {n[False, True]}, by neither {n[False, False]}")
+        print(
+            f"stable (no mode below {UNSTABLE} THz) by DFT and the model: {n[True, True]}, by DFT only {n[True, False]}, "
+            f"by the model only {n[False, True]}, by neither {n[False, False]}"
+        )
     return pairs
 
 
@@ -429,7 +449,9 @@ def kappa_result(m, x, s):
     relaxed = Atoms(x["numbers"], x["positions"], cell=x["cell"], pbc=True)
     number = lambda y: spglib.get_symmetry_dataset((y.cell.array, y.get_scaled_positions(), y.numbers), SYMPREC).number
     row = dict(formula=m["name"], spg_num=number(m["atoms"]), relaxed_space_group_number=number(relaxed), errors=[])
-    row |= dict(broken_symmetry=row["spg_num"] != row["relaxed_space_group_number"], reached_max_steps=not x["converged"])
+    row |= dict(
+        broken_symmetry=row["spg_num"] != row["relaxed_space_group_number"], reached_max_steps=not x["converged"]
+    )
     ph = displaced(m, relaxed, s["displacement"])
     if "fc2" in x:
         ph.fc2 = x["fc2"]
@@ -450,7 +472,9 @@ def kappa_result(m, x, s):
     ph.run_thermal_conductivity(temperatures=[TEMPERATURE], **how)
     t = ph.thermal_conductivity
     modes = mode_kappas(t.mode_kappa[0], t.mode_kappa_C[0], t.mode_heat_capacities)
-    row |= dict(kappa_tot_rta=t.kappa_TOT_RTA[0], kappa_p_rta=t.kappa_P_RTA[0], kappa_c=t.kappa_C[0], q_points=t.qpoints)
+    row |= dict(
+        kappa_tot_rta=t.kappa_TOT_RTA[0], kappa_p_rta=t.kappa_P_RTA[0], kappa_c=t.kappa_C[0], q_points=t.qpoints
+    )
     return row | dict(mode_kappa_tot_rta=modes, mode_weights=t.grid_weights)
 
 
@@ -466,7 +490,9 @@ def score_row(row, truth):
 
     Pota et al. 2024: SRE = 2 |k - k'| / (k + k'), SRME = 2 sum_modes |k_mode - k'_mode| / sum_q w / (k + k').
     """
-    (kappa, true), (modes, true_modes) = ([average(r, k) for r in (row, truth)] for k in ("kappa_tot", "mode_kappa_tot"))
+    (kappa, true), (modes, true_modes) = (
+        [average(r, k) for r in (row, truth)] for k in ("kappa_tot", "mode_kappa_tot")
+    )
     reasons = {
         "; ".join(row.get("errors") or []): row.get("errors"),
         "imaginary frequencies": row.get("has_imag_ph_modes"),
@@ -495,8 +521,10 @@ def score_kappa(out, rows, truth):
     out.mkdir(parents=True, exist_ok=True)
     save_csv(out / "kappa.csv", table)
     kappas, true, sre, srme, why = zip(*(t[2:] for t in table[1:]))
-    print(f"{len(rows)} of {len(truth)} materials, {len(rows) - why.count(None)} without kappa: "
-          f"mean SRE {np.mean(sre):.4f}, SRME {np.mean(srme):.4f}")
+    print(
+        f"{len(rows)} of {len(truth)} materials, {len(rows) - why.count(None)} without kappa: "
+        f"mean SRE {np.mean(sre):.4f}, SRME {np.mean(srme):.4f}"
+    )
     if len(rows) == len(truth):
         print(f"for the CPS-1: eval_discovery.py --srme {np.mean(srme):.4f}")
     return np.array([true, kappas])
@@ -523,7 +551,9 @@ def result(k, out, source, s):
 
 def transport_stage(a, materials, s, mapped):
     """{id: result} of the materials whose forces are there, made if there is none, or an older one."""
-    forces, results = ({k: a.out / name.format(k) for k in materials} for name in ("forces/{}.npz", "results/{}.json.gz"))
+    forces, results = (
+        {k: a.out / name.format(k) for k in materials} for name in ("forces/{}.npz", "results/{}.json.gz")
+    )
     there = [k for k, f in forces.items() if f.exists()]
     if len(there) < len(forces):
         print(f"{len(forces) - len(there)} materials are left out: no forces yet (--stage forces)")
@@ -544,9 +574,13 @@ def settings(a, calc):
     if not (calc or path.exists()):
         raise FileNotFoundError(f"there are no forces in {a.out}: run --stage forces first")
     found = load_json(path) if path.exists() or not calc else None
-    now = dict(task=a.task) | {name: metadata.version(name) for name in ("phonopy", "phono3py")[: 1 + (a.task == "kappa")]}
+    now = dict(task=a.task) | {
+        name: metadata.version(name) for name in ("phonopy", "phono3py")[: 1 + (a.task == "kappa")]
+    }
     if calc:
-        now |= dict(weights=calc.fingerprint()) | {k: getattr(a, k) for k in ("fmax", "steps", "displacement", "hessian", "dtype")}
+        now |= dict(weights=calc.fingerprint()) | {
+            k: getattr(a, k) for k in ("fmax", "steps", "displacement", "hessian", "dtype")
+        }
     if differ := [f"{k} {found.get(k)}, not {v}" for k, v in now.items() if found and found.get(k) != v]:
         raise ValueError(f"{a.out} holds a run with {'; '.join(differ)}: choose another --out")
     a.out.mkdir(parents=True, exist_ok=True)
@@ -572,7 +606,9 @@ def plot_bands(path, m, s, x):
     figure, (ax,) = panels(1)
     for label, ph in sides.items():
         ph.run_qpoints(way.kpts)
-        ax.plot(along, ph.get_qpoints_dict()["frequencies"], color=dict(DFT="k", model="C1")[label], lw=1)[0].set_label(label)
+        ax.plot(along, ph.get_qpoints_dict()["frequencies"], color=dict(DFT="k", model="C1")[label], lw=1)[0].set_label(
+            label
+        )
     ax.set(xlim=(0, along[-1]), ylabel="frequency (THz); imaginary: negative", title=str(m["atoms"].symbols))
     ax.set_xticks(ticks, names)
     ax.legend()
@@ -593,8 +629,12 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = p.add_subparsers(dest="task", required=True)
     mdr, kappa = (tasks.add_parser(k, description="see eval_phonon.py -h") for k in ("mdr", "kappa"))
-    mdr.add_argument("files", nargs="*", metavar="FILE_OR_FOLDER", help="phonopy yaml (.bz2, .xz, .gz) with DFT forces, or "
-                     ".json.gz of structures and C_V (default: fetched)")
+    mdr.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE_OR_FOLDER",
+        help="phonopy yaml (.bz2, .xz, .gz) with DFT forces, or .json.gz of structures and C_V (default: fetched)",
+    )
     mdr.add_argument("--functional", default="PBE", help="of the reference, printed with the scores (default: PBE)")
     kappa.add_argument("--structures", help="extxyz with supercells and q-meshes (default: fetched)")
     kappa.add_argument("--reference", help=".json.gz of DFT conductivities (default: fetched)")
@@ -609,10 +649,14 @@ def main(argv=None):
         q.add_argument("--fmax", type=float, default=fmax, help=f"eV/A (default: {fmax})")
         q.add_argument("--steps", type=int, default=500, help="of a relaxation, at most (default: 500)")
         q.add_argument("--displacement", type=float, default=displacement, help=f"A (default: {displacement})")
-        q.add_argument("--hessian", action="store_true", help="harmonic force constants by differentiation, not displacements")
+        q.add_argument(
+            "--hessian", action="store_true", help="harmonic force constants by differentiation, not displacements"
+        )
         q.add_argument("--plot", action="store_true", help="draw into --out")
         q.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-        q.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the network (default: float32)")
+        q.add_argument(
+            "--dtype", choices=["float32", "float64"], default="float32", help="of the network (default: float32)"
+        )
         q.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
     a = p.parse_args(argv)
     a.out = a.out or Path("runs") / a.task
@@ -648,7 +692,9 @@ def run(a):
         materials = {k: materials[k] for k in a.only or materials}
     if a.n:
         every = list(materials)
-        materials = {every[k]: materials[every[k]] for k in sorted(np.random.RandomState(0).permutation(len(every))[: a.n])}
+        materials = {
+            every[k]: materials[every[k]] for k in sorted(np.random.RandomState(0).permutation(len(every))[: a.n])
+        }
     calc = None if a.stage == "transport" else NequixCalculator(a.weights, a.device, a.dtype, a.conv)
     s, mapped, pool = settings(a, calc), map, None
     check_sources(a.out, materials)

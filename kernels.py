@@ -1489,12 +1489,25 @@ def node_source(muls_out, norm):
         "const float*, float*, float*, float, float, int);\n"
         "DEV void store_gw(float*, const float*, int);\n"
     )
-    tails = ["template <bool DUAL>", "DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd,"]
+    tails = [
+        "template <bool DUAL>",
+        "DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd,",
+    ]
     tails += ["    float inv, float invd, int lane) {", *calls, "}"]
-    tails += ["template <bool DUAL>", "DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd,"]
-    tails += ["    const float* g, const float* gd, float* out, float* outd, float inv, float invd, int lane) {", *back, "}"]
+    tails += [
+        "template <bool DUAL>",
+        "DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd,",
+    ]
+    tails += [
+        "    const float* g, const float* gd, float* out, float* outd, float inv, float invd, int lane) {",
+        *back,
+        "}",
+    ]
     tails += ["DEV void store_gw(float* gw, const float* mine, int lane) {"]
-    tails += [f"  EACH(i, {lanes(n)}) if (lane + 32 * i < {n}) gw[{at} + lane + 32 * i] = mine[{slot} + i];" for at, n, slot in stores] + ["}"]
+    tails += [
+        f"  EACH(i, {lanes(n)}) if (lane + 32 * i < {n}) gw[{at} + lane + 32 * i] = mine[{slot} + i];"
+        for at, n, slot in stores
+    ] + ["}"]
     for dual in "false", "true":
         tails += [f'extern "C" __global__ void norm_gate_{dual}(const Nodes A) {{ norm_gate<{dual}>(A); }}']
         tails += [f'extern "C" __global__ void norm_gate_back_{dual}(const Nodes A) {{ norm_gate_back<{dual}>(A); }}']
@@ -1521,7 +1534,9 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         mid[l3] += muls[l1]
     y_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(mid)]]).tolist()
     x_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls)]]).tolist()
-    c = SimpleNamespace(x_dim=x_off[-1], y_dim=y_off[-1], w_dim=column, lmax=lmax, width=width, exact=exact, warps=warps)
+    c = SimpleNamespace(
+        x_dim=x_off[-1], y_dim=y_off[-1], w_dim=column, lmax=lmax, width=width, exact=exact, warps=warps
+    )
     c.basis = -(-n_basis // 16) * 16
     code = [
         HARDWARE,
@@ -1549,7 +1564,9 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
 
     for l1 in reversed(range(len(muls))):  # long ones first
         ps, d, mul = by_l1[l1], 2 * l1 + 1, muls[l1]
-        step = -(-len(ps) // max(-(-len(ps) * d // 24), -(-len(ps) // 4)))  # paths of a warp in `forward`: registers hold 24 of Z
+        step = -(
+            -len(ps) // max(-(-len(ps) * d // 24), -(-len(ps) // 4))
+        )  # paths of a warp in `forward`: registers hold 24 of Z
         values = dict(
             COLUMN=[columns[p] for p, *_ in ps],
             L2=[l2 for _, _, _, l2, _ in ps],
@@ -1561,7 +1578,9 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         tables = "\n".join(f"DEV constexpr int {name}(int p) {{ return {choose(v)}; }}" for name, v in values.items())
         groups = count_groups(mul, warps)
         fill = dict(L=l1, D1=d, NP=len(ps), MUL=mul, XOFF=x_off[l1], CG=len(table), WARPS=warps, tables=tables)
-        octets = 2 if d == 1 and mul > 8 * warps and not exact else 1  # times 8 channels of a warp in `backward`, as registers allow
+        octets = (
+            2 if d == 1 and mul > 8 * warps and not exact else 1
+        )  # times 8 channels of a warp in `backward`, as registers allow
         fill |= dict(groups=groups, SLOTS=c.slots, O=octets)
         code.append(DEGREE.format(**fill))
         for _, _, _, _, cg in ps:
@@ -1570,7 +1589,10 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         threads = 32 * min(warps, -(-mul // 16))
         for dual in "false", "true":
             starts = [(s, min(step, len(ps) - s)) for s in range(0, len(ps), step)]
-            calls = [(-(-mul // (16 * warps)), f"L{l1}::forward<{dual}, {s}, {n}>(A, # * {warps}, memory)") for s, n in starts]
+            calls = [
+                (-(-mul // (16 * warps)), f"L{l1}::forward<{dual}, {s}, {n}>(A, # * {warps}, memory)")
+                for s, n in starts
+            ]
             size = 16 + edges * (4 if dual == "true" else 2) + threads // 2 * width * step * stored
             kernel(f"forward<{dual}>", l1, threads, size, calls)
         for mode in range(3):
@@ -1586,7 +1608,13 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         for dual in "false", "true":
             starts = [(s, min(most, len(ps) - s)) for s in range(0, len(ps), most)]
             call = f"L{l1}::weight_grad<{dual}, %d, %d>(A, # * {16 * groups}, (L{l1}::Rows*)memory)"
-            kernel(f"weight_grad<{dual}>", l1, 32 * warps, size, [(-(-mul // (16 * groups)), call % start) for start in starts])
+            kernel(
+                f"weight_grad<{dual}>",
+                l1,
+                32 * warps,
+                size,
+                [(-(-mul // (16 * groups)), call % start) for start in starts],
+            )
     rows = lambda columns: columns * stored + 16  # bytes of one in shared memory
     weights, basis = (c.basis + width) * width * stored, 32 * warps * rows(c.basis)
     c.mlp = weights + basis, weights + basis + 6 * 16 * warps * rows(width) + 16
@@ -1616,7 +1644,9 @@ class Args(ctypes.Structure):
 
 def fill(arguments, **values):
     """A kernel's arguments, of numbers and tensors; None: a null pointer."""
-    return arguments(**{k: v if isinstance(v, (int, float)) else v.data_ptr() for k, v in values.items() if v is not None})
+    return arguments(
+        **{k: v if isinstance(v, (int, float)) else v.data_ptr() for k, v in values.items() if v is not None}
+    )
 
 
 def check(status, what):
@@ -1662,7 +1692,9 @@ def compile_cuda(code, capability):
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     with contextlib.suppress(OSError):  # a home that can't be written costs time, no more
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # whole or not at all: other processes may be at it
+        with tempfile.TemporaryDirectory(
+            dir=file.parent
+        ) as folder:  # whole or not at all: other processes may be at it
             (Path(folder) / "part").write_bytes(binary.raw)
             (Path(folder) / "part").replace(file)
     return binary.raw
@@ -1756,7 +1788,9 @@ class Geometry(ctypes.Structure):
 
 
 class Mlp(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "basis w1 w2 grad out gw1 gw2".split()] + [("n_edges", ctypes.c_int)]
+    _fields_ = [(name, ctypes.c_void_p) for name in "basis w1 w2 grad out gw1 gw2".split()] + [
+        ("n_edges", ctypes.c_int)
+    ]
 
 
 class Nodes(ctypes.Structure):
@@ -1771,7 +1805,9 @@ class Kernels:
         args = (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
         for warps in (4, 2, 1):  # as the device's shared memory allows
             code, self.shape, table = source(*args, warps)
-            if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= shared_memory(self.device):
+            if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= shared_memory(
+                self.device
+            ):
                 break
         self.cg = torch.from_numpy(table).to(self.device)
         components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
@@ -1791,7 +1827,9 @@ class Kernels:
     def launch_edges(self, name, x, senders, atoms=1, **tensors):
         """The kernels of all degrees; a block takes `atoms` nodes at a time. Raises ValueError if there are too many."""
         if max(x.numel(), 16 * len(senders)) >= 2**31:
-            raise ValueError(f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time")
+            raise ValueError(
+                f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time"
+            )
         kernels, n_atoms = self.shape.kernels[name], len(tensors["row_ptr"]) - 1
         taken = torch.zeros(sum(k.slabs for k in kernels), dtype=torch.int32, device=self.device)
         args = fill(Args, x=x, senders=senders, n_atoms=n_atoms, cg=self.cg, taken=taken, **tensors)
@@ -1844,7 +1882,9 @@ class Kernels:
         c, n_edges = self.shape, basis.shape[1]
         blocks = min(-(-n_edges // (16 * c.warps)), self.resident[name])
         tensors = {k: t.new_empty(blocks, *t.shape) if k in ("gw1", "gw2") else t for k, t in tensors.items()}
-        args = fill(Mlp, basis=basis, w1=weights[0].contiguous(), w2=weights[1].contiguous(), n_edges=n_edges, **tensors)
+        args = fill(
+            Mlp, basis=basis, w1=weights[0].contiguous(), w2=weights[1].contiguous(), n_edges=n_edges, **tensors
+        )
         self.launch(name, (blocks, 1), args, 32 * c.warps, c.mlp[name == "radial_mlp_back"])
         return tensors
 
@@ -1869,7 +1909,10 @@ class Kernels:
 
 class Pairs(ctypes.Structure):
     POINTERS = "positions cell pbc structure order start bin wrap bins reach first_bin count begin senders receivers shifts vectors"
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS.split()] + [("square", ctypes.c_double), ("n_atoms", ctypes.c_int)]
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS.split()] + [
+        ("square", ctypes.c_double),
+        ("n_atoms", ctypes.c_int),
+    ]
 
 
 @functools.lru_cache
@@ -1918,10 +1961,14 @@ class Conv(torch.autograd.Function):
         shapes = (n_atoms, c.x_dim), (n_edges, (c.lmax + 1) ** 2), (n_edges, c.width), (c.width, c.w_dim)
         for t, shape, name in zip((x, sh, hidden, w3), shapes, ("x", "sh", "hidden", "w3")):
             if t.shape != shape or t.dtype != torch.float32 or t.device != k.device:
-                raise ValueError(f"{name} should be {shape} float32 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}")
+                raise ValueError(
+                    f"{name} should be {shape} float32 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}"
+                )
         for t, name in ((senders, "senders"), (row_ptr, "row_ptr")):
             if t.ndim != 1 or t.dtype != torch.int64 or t.device != k.device:
-                raise ValueError(f"{name} should be (n,) int64 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}")
+                raise ValueError(
+                    f"{name} should be (n,) int64 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}"
+                )
         x, w3, senders, row_ptr = (t.contiguous() for t in (x, w3, senders, row_ptr))
         ctx.k, sh, hidden = k, k.harmonics(sh), k.stored(hidden)
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
@@ -1985,7 +2032,15 @@ class ForceConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k, x, by_sh, by_r, sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr, last):
-        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr, ctx.first, ctx.last = k, radial, gx, gsh, gr, by_sh is not None, last
+        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr, ctx.first, ctx.last = (
+            k,
+            radial,
+            gx,
+            gsh,
+            gr,
+            by_sh is not None,
+            last,
+        )
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
         out = x.new_empty(len(x), k.shape.y_dim) if out is None else out
         for nodes, edges, part, hidden in pieces(row_ptr, radial, hidden):
@@ -2067,7 +2122,9 @@ class Linear(torch.autograd.Function):
     def forward(ctx, muls_out, muls_in, *tensors):
         ctx.muls_out, ctx.muls_in = muls_out, muls_in
         xs, weights = Linear.sort(ctx, tensors)
-        ctx.save_for_backward(*(xs if any(ctx.needs_input_grad[2 + len(xs) :]) else [None] * len(xs)), *tensors[len(xs) :])
+        ctx.save_for_backward(
+            *(xs if any(ctx.needs_input_grad[2 + len(xs) :]) else [None] * len(xs)), *tensors[len(xs) :]
+        )
         out = xs[0].new_empty(len(xs[0]), sum((2 * l + 1) * m for l, m in enumerate(muls_out)))
 
         def launch(l):

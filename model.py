@@ -78,7 +78,9 @@ def monomials(u):
 @torch.inference_mode(False)  # it is kept for others
 def harmonics_of_monomials(device):
     """(40, 16) float64 of least norm: the harmonics as polynomials, one matrix product in place of 60 small kernels."""
-    u = torch.nn.functional.normalize(torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    u = torch.nn.functional.normalize(
+        torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     return (torch.linalg.pinv(monomials(u)) @ harmonics(u)).to(device)
 
 
@@ -202,7 +204,10 @@ def oeq_conv(muls, lmax, l_out, dtype, device):
 
 @functools.lru_cache
 def fused_kernels(muls_in, muls_out, lmax, width, n_basis, exact, norm, device):
-    ps = [(l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy()) for l3, l1, l2 in paths(len(muls_in) - 1, lmax, len(muls_out) - 1)]
+    ps = [
+        (l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy())
+        for l3, l1, l2 in paths(len(muls_in) - 1, lmax, len(muls_out) - 1)
+    ]
     return kernels.Kernels(muls_in, muls_out, ps, lmax, width, n_basis, exact, norm, device)
 
 
@@ -219,7 +224,7 @@ def oeq_error():
 
 
 def choose_conv(kind, device, dtype=torch.float32, config=None):
-    """"auto" -> the fastest convolution that works on `device`, for networks of `dtype` and `config` (default: the paper's).
+    """ "auto" -> the fastest convolution that works on `device`, for networks of `dtype` and `config` (default: the paper's).
 
     The fused kernels have no float64, and their sums no fixed order; where float64 or, of torch, deterministic algorithms are
     wanted, plain torch stands in. Raises ValueError if the one asked for does not work.
@@ -235,7 +240,9 @@ def choose_conv(kind, device, dtype=torch.float32, config=None):
     if kind == "oeq" and (oeq_error() or not on_cuda):
         raise ValueError(f"--conv oeq does not work here ({oeq_error() or 'the model is not on a CUDA device'})")
     if kind == "fused" and not fits:
-        raise ValueError("--conv fused needs a CUDA device of compute capability 8.0 and a radial MLP of 2 layers of 64")
+        raise ValueError(
+            "--conv fused needs a CUDA device of compute capability 8.0 and a radial MLP of 2 layers of 64"
+        )
     return "torch" if kind == "fused" and dtype == torch.float64 else kind
 
 
@@ -281,7 +288,9 @@ class Layer(nn.Module):
 
     def fused(self, x, conv, dual):
         """The layer by the operations of kernels.py: flat features, and `conv`, a convolution with all but x in it."""
-        own = lambda weights: [w if dual else w.detach() for w in weights]  # only the tangent pass has gradients by weights
+        own = lambda weights: [
+            w if dual else w.detach() for w in weights
+        ]  # only the tangent pass has gradients by weights
         y = conv(kernels.Linear.apply(self.muls_in, [self.muls_in], x, *own(self.linear_1)))
         v = kernels.Linear.apply(self.channels, [self.muls_mid, self.muls_in], y, x, *own([*self.linear_2, *self.skip]))
         weights = torch.cat(own(self.norm)) if self.norm is not None else v.new_ones(sum(self.channels))
@@ -290,7 +299,9 @@ class Layer(nn.Module):
     def kernels(self):
         exact = torch.get_float32_matmul_precision() == "highest"
         width, n_basis, device = len(self.radial[-1]), len(self.radial[0]), self.radial[0].device
-        return fused_kernels(self.muls_in, self.muls_out, self.lmax, width, n_basis, exact, self.norm is not None, device)
+        return fused_kernels(
+            self.muls_in, self.muls_out, self.lmax, width, n_basis, exact, self.norm is not None, device
+        )
 
     def forward(self, xs, sh, basis, senders, row_ptr, conv_kind):
         h, (*inner, w3) = basis, self.radial
@@ -402,7 +413,19 @@ class Nequix(nn.Module):
                 state[-1].append((hidden, x.new_empty(2 * n, k.shape.y_dim), x.new_zeros(2 * n, k.shape.x_dim)))
                 out, gx = state[-1][-1][1][:n], state[-1][-1][2][n:]
             edges = (by_sh, by_r) if layer is self.layers[0] else (None, None)
-            tensors = sh, radial, hidden, w3 * layer.avg_n_neighbors**-0.5, senders, row_ptr, out, gx, gsh, gr, layer is self.layers[-1]
+            tensors = (
+                sh,
+                radial,
+                hidden,
+                w3 * layer.avg_n_neighbors**-0.5,
+                senders,
+                row_ptr,
+                out,
+                gx,
+                gsh,
+                gr,
+                layer is self.layers[-1],
+            )
             x = layer.fused(x, lambda h: kernels.ForceConv.apply(k, h, *edges, *tensors), False)
         energy = x @ (self.readout[0].detach() * len(self.readout[0]) ** -0.5)
         return c["scale"] * energy.flatten().double() + c["shift"], state
@@ -449,7 +472,9 @@ def energy_forces_stress(model, batch, create_graph=False):
     create_graph: keep the graph, to train on forces and stress. Raises ValueError if that is asked of the fused kernels.
     """
     if create_graph and model.chosen_conv() == "fused":
-        raise ValueError("the fused kernels are differentiable once: take conv torch or oeq, or train.loss_and_gradient")
+        raise ValueError(
+            "the fused kernels are differentiable once: take conv torch or oeq, or train.loss_and_gradient"
+        )
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad():
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)
@@ -521,7 +546,9 @@ def released(name):
             part.write_bytes(content)
             os.replace(part, path)
         except (OSError, http.client.HTTPException) as e:
-            raise OSError(f"cannot fetch {name} ({e}): get {url} on a machine with network and put it at {path}") from None
+            raise OSError(
+                f"cannot fetch {name} ({e}): get {url} on a machine with network and put it at {path}"
+            ) from None
         finally:
             part.unlink(missing_ok=True)
     check_sha256(path.read_bytes(), sha256, f"{path} (delete it and try again)")

@@ -21,7 +21,9 @@ def folder(tmp_path_factory):
     frames = []
     for k in range(12):
         atoms = [bulk("NaCl", "rocksalt", 5.6), molecule("H2O")][k % 2]
-        frames.append(labelled(atoms, -3.0 * len(atoms), rng.normal(size=(len(atoms), 3)), np.zeros(6), frame_id=f"frame-{k}"))
+        frames.append(
+            labelled(atoms, -3.0 * len(atoms), rng.normal(size=(len(atoms), 3)), np.zeros(6), frame_id=f"frame-{k}")
+        )
     ase.io.write(folder / "frames.extxyz", frames)
     run("data.py", "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1)
     return folder
@@ -41,7 +43,9 @@ def test_infer(folder):
     got = rows(folder / "infer" / "infer.csv")
     assert [(r["model"], r["atoms"]) for r in got] == [("torch", "8"), ("torch", "64")]
     assert all(0 < float(r["low"]) <= float(r["ms"]) <= float(r["high"]) for r in got)
-    assert (folder / "infer" / "infer.md").read_text() in said and (folder / "infer" / "speed.png").stat().st_size > 10_000
+    assert (folder / "infer" / "infer.md").read_text() in said and (
+        folder / "infer" / "speed.png"
+    ).stat().st_size > 10_000
     twice = argparse.Namespace(files=[folder / "infer" / "infer.csv"] * 2, out=folder / "twice.png")
     bench_speed.plot(twice, None)
     assert twice.out.read_bytes() == (folder / "infer" / "speed.png").read_bytes()

@@ -80,14 +80,19 @@ def test_calculator_reproduces_the_official_values(mp1, dtype):
     if dtype == "float64":
         assert worst["energy"] < 1e-6 and worst["energies"] < 1e-9 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
     else:
-        assert worst["energy"] < 2e-5 and worst["energies"] < 1e-5 and worst["relative"] < 2e-4 and worst["stress"] < 1e-5
+        assert (
+            worst["energy"] < 2e-5 and worst["energies"] < 1e-5 and worst["relative"] < 2e-4 and worst["stress"] < 1e-5
+        )
 
 
 @needs_shared
 def test_slabs_and_wires_equal_the_same_with_vacuum_periodic(mp1):
     """The official code drops the images unless all three directions are periodic, and is wrong here: so the comparison is
     with a cell that is periodic everywhere and so wide that the images do not meet."""
-    slab, wire = fcc111("Pt", (2, 2, 3), vacuum=8), Atoms("NaCl", [[0, 0, 0], [2.6, 0.3, 0]], cell=[5.4, 20, 20], pbc=[1, 0, 0])
+    slab, wire = (
+        fcc111("Pt", (2, 2, 3), vacuum=8),
+        Atoms("NaCl", [[0, 0, 0], [2.6, 0.3, 0]], cell=[5.4, 20, 20], pbc=[1, 0, 0]),
+    )
     skewed = Atoms("Si", cell=[[2.5, 0, 0], [1.2, 2.2, 0.4], [0, 0, 0]], pbc=[1, 1, 0])
     for atoms in (slab, wire, skewed):
         atoms.rattle(0.1, seed=0)
@@ -171,7 +176,9 @@ def test_edges_within_the_cutoff_are_those_of_a_list_made_anew():
         moved.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(size=(3, 3)) * 0.002))
         if len(listed.senders):
             room = lambda t: torch.cat([t, torch.full((9, *t.shape[1:]), t.ndim - 1)])  # as of a CUDA graph
-            listed.senders, listed.receivers, listed.shifts = map(room, (listed.senders, listed.receivers, listed.shifts))
+            listed.senders, listed.receivers, listed.shifts = map(
+                room, (listed.senders, listed.receivers, listed.shifts)
+            )
         listed.shifts = listed.shifts.double()
         anew = batch_of([moved], 6.0)
         got = at(listed, anew.positions, data.complete_cell(anew.cell, anew.pbc), 6.0)
@@ -209,11 +216,15 @@ def test_nve_conserves_energy(dtype, tolerance):
     atoms = bulk("Si", cubic=True)
     atoms.rattle(0.02, seed=0)
     atoms.calc = NequixCalculator(MP1, "cpu", dtype)
-    atoms.set_momenta(np.random.default_rng(0).normal(size=(8, 3)) * np.sqrt(600 * units.kB * atoms.get_masses())[:, None])
+    atoms.set_momenta(
+        np.random.default_rng(0).normal(size=(8, 3)) * np.sqrt(600 * units.kB * atoms.get_masses())[:, None]
+    )
     md, energies = VelocityVerlet(atoms, 1 * units.fs), []
     md.attach(lambda: energies.append(atoms.get_total_energy() / len(atoms) * 1000))
     md.run(100)
-    print(f"\n{dtype}: {np.polyfit(np.arange(len(energies)) / 1000, energies, 1)[0]:.4f} meV/atom/ps, spread {np.ptp(energies):.4f}")
+    print(
+        f"\n{dtype}: {np.polyfit(np.arange(len(energies)) / 1000, energies, 1)[0]:.4f} meV/atom/ps, spread {np.ptp(energies):.4f}"
+    )
     assert np.ptp(energies) < 1.0 and abs(np.mean(energies[-30:]) - np.mean(energies[:30])) < tolerance
 
 
@@ -277,11 +288,15 @@ def test_relax_keeps_symmetry_as_ase(calc, mask):
     pytest.importorskip("spglib")
     rutile = Atoms("Pt2O4", cell=[4.6, 4.6, 3.0], pbc=True)
     u = 0.31
-    rutile.set_scaled_positions([[0, 0, 0], [0.5] * 3, [u, u, 0], [-u, -u, 0], [0.5 + u, 0.5 - u, 0.5], [0.5 - u, 0.5 + u, 0.5]])
+    rutile.set_scaled_positions(
+        [[0, 0, 0], [0.5] * 3, [u, u, 0], [-u, -u, 0], [0.5 + u, 0.5 - u, 0.5], [0.5 - u, 0.5 + u, 0.5]]
+    )
     hexagonal = Atoms("Si2", cell=[[3, 0, 0], [-1.5, 1.5 * 3**0.5, 0], [0, 0, 5]], pbc=True)
     hexagonal.set_scaled_positions([[1 / 3, 2 / 3, 0.25], [2 / 3, 1 / 3, 0.75]])
     rhombohedral = bulk("NaCl", "rocksalt", 5.4)
-    rhombohedral.set_cell(rhombohedral.cell.array @ (np.eye(3) + 0.03 * (np.ones((3, 3)) - np.eye(3))), scale_atoms=True)
+    rhombohedral.set_cell(
+        rhombohedral.cell.array @ (np.eye(3) + 0.03 * (np.ones((3, 3)) - np.eye(3))), scale_atoms=True
+    )
     rhombohedral.positions[1] += 0.1
     structures = [rutile, bulk("Si", cubic=True), hexagonal, rhombohedral]
     for atoms in structures:
@@ -307,7 +322,9 @@ def test_relax_reaches_ases_own_minimum(mp1):
     for i, atoms, energy, converged, steps, error in f32.relax(structures, 0.02, 500):
         expected, expected_energy, *rest = ase_relaxed(structures[i], mp1, 0.02, 500)
         difference = 1000 * abs(energy - expected_energy) / len(atoms)
-        print(f"{i} {atoms.symbols}: {difference:.4f} meV/atom; steps {steps}, ASE {rest[1]}; converged {converged}, ASE {rest[0]}")
+        print(
+            f"{i} {atoms.symbols}: {difference:.4f} meV/atom; steps {steps}, ASE {rest[1]}; converged {converged}, ASE {rest[0]}"
+        )
         worst, ours, theirs = np.maximum(worst, difference), ours + converged, theirs + rest[0]
         assert error is None
     print(f"{n} structures: largest difference {worst:.4f} meV/atom; converged {ours}, ASE {theirs}")
@@ -337,7 +354,10 @@ def test_bad_structures_stop_no_other(calc):
     pytest.importorskip("spglib")
     fixed = bulk("Si")
     fixed.set_constraint(FixAtoms([0]))
-    bad = {k: (atoms, words) for k, (atoms, words) in enumerate([*BAD.values(), (fixed, "constraints"), (TWO, "not finite")])}
+    bad = {
+        k: (atoms, words)
+        for k, (atoms, words) in enumerate([*BAD.values(), (fixed, "constraints"), (TWO, "not finite")])
+    }
     structures = [bad[k // 2][0] if k % 2 else bulk("Si") for k in range(2 * len(bad))]
     results = {r[0]: r for r in calc.relax(structures, 0.05, 5)}
     assert len(results) == len(structures)
@@ -424,13 +444,19 @@ def test_command_line(weights, tmp_path):
     said = run("calc.py", tmp_path / "b.cif", *f64, "--relax", "--steps", 3, "--out", tmp_path / "out.extxyz")
     assert said.splitlines()[-1].endswith("3 not converged") and "steps" in said
     assert ase.io.read(tmp_path / "out.extxyz").info["converged"] == False  # noqa: E712, numpy's
-    for out, words in (("none/out.extxyz", "there is no folder"), ("out.foo", "knows no such format"), ("out", "no such format")):
+    for out, words in (
+        ("none/out.extxyz", "there is no folder"),
+        ("out.foo", "knows no such format"),
+        ("out", "no such format"),
+    ):
         with pytest.raises(ValueError, match=words):
             calc_module.check_out(tmp_path / out)
 
     ase.io.write(tmp_path / "bad.traj", [bulk("Si"), Atoms("Fe"), bulk("Si")])
     said = run("calc.py", tmp_path / "bad.traj", *f64, ok=False)
-    assert "error: elements that the model lacks: Fe" in said and said.strip().endswith("error: 1 of 3 structures failed")
+    assert "error: elements that the model lacks: Fe" in said and said.strip().endswith(
+        "error: 1 of 3 structures failed"
+    )
     (tmp_path / "text.xyz").write_text("hello\n")
     (tmp_path / "blank.extxyz").write_text("\n")
     assert "error: no structures in" in run("calc.py", tmp_path / "blank.extxyz", *f64, ok=False)

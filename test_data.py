@@ -49,7 +49,10 @@ def odd_structures():
     rng = np.random.default_rng(0)
     out = [bulk("W"), bulk("NaCl", "rocksalt", 5.6), Atoms("He", cell=[1.5, 20, 3], pbc=True), molecule("C6H6")]
     out += [Atoms("Ar", cell=[20, 20, 20], pbc=True), Atoms("Xe"), fcc111("Pt", (2, 2, 3), vacuum=9)]
-    out += [Atoms("H2", [[0, 0, 0], [900, 0, 0.7]]), Atoms("CO", [[0, 0, 0], [0, 0, 1.1]], cell=[0, 4, 0], pbc=[0, 1, 0])]
+    out += [
+        Atoms("H2", [[0, 0, 0], [900, 0, 0.7]]),
+        Atoms("CO", [[0, 0, 0], [0, 0, 1.1]], cell=[0, 4, 0], pbc=[0, 1, 0]),
+    ]
     out += [bulk("Si", cubic=True) * (5, 5, 5)]
     for k in range(330):
         n = rng.integers(1, 30)
@@ -107,12 +110,21 @@ def frames():
     rng = np.random.default_rng(1)
     out, e0 = [], {"Na": -1.5, "Cl": -2.0, "Si": -5.0, "H": -1.0, "O": -4.0}
     for k in range(24):
-        atoms = [bulk("NaCl", "rocksalt", 5.6), bulk("Si"), molecule("H2O"), bulk("Na"), molecule("O2"), bulk("Si", cubic=True)]
+        atoms = [
+            bulk("NaCl", "rocksalt", 5.6),
+            bulk("Si"),
+            molecule("H2O"),
+            bulk("Na"),
+            molecule("O2"),
+            bulk("Si", cubic=True),
+        ]
         atoms = atoms[k % 6]
         atoms.rattle(0.05, rng=rng)
         forces = rng.normal(size=(len(atoms), 3))
         energy = sum(e0[s] for s in atoms.symbols) + 0.25 * len(atoms)
-        out.append(labelled(atoms, energy, forces, rng.normal(size=6) * 0.01, mp_id=f"mp-{k % 6}", frame_id=f"mp-{k % 6}-{k}"))
+        out.append(
+            labelled(atoms, energy, forces, rng.normal(size=6) * 0.01, mp_id=f"mp-{k % 6}", frame_id=f"mp-{k % 6}-{k}")
+        )
     return out
 
 
@@ -167,7 +179,20 @@ def test_mptrj_from_a_zip_of_its_form(frames, packed, tmp_path):
             ase.io.write(tmp_path / "m.extxyz", frames[k::6])
             z.write(tmp_path / "m.extxyz", f"mptrj-gga-ggapu/mp-{k}.extxyz")
             z.writestr(f"__MACOSX/mptrj-gga-ggapu/._mp-{k}.extxyz", b"\x00\x05\x16\x07")
-    run("data.py", "mptrj", "--zip", zip_path, "--out", tmp_path / "set", "--split", "material", "--val", "0.3", "--workers", 1)
+    run(
+        "data.py",
+        "mptrj",
+        "--zip",
+        zip_path,
+        "--out",
+        tmp_path / "set",
+        "--split",
+        "material",
+        "--val",
+        "0.3",
+        "--workers",
+        1,
+    )
     p = data.PackedSet(tmp_path / "set")
     order = [k for m in range(6) for k in range(m, 24, 6)]  # sorted by file name
     assert [p.name(i) for i in range(24)] == [frames[k].info["frame_id"] for k in order]
@@ -200,7 +225,10 @@ BAD = {
     "unknown element": ("unknown element", labelled(Atoms("X"))),
     "zero volume": ("zero volume", labelled(Atoms("Si", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True))),
     "absurd force": ("a force of 5000.0 eV/A", labelled(bulk("Si"), forces=[[5000, 0, 0], [0, 0, 0]])),
-    "atoms on top of each other": ("two atoms 0.000 A apart", labelled(Atoms("Si2", np.zeros((2, 3)), cell=[9, 9, 9], pbc=True))),
+    "atoms on top of each other": (
+        "two atoms 0.000 A apart",
+        labelled(Atoms("Si2", np.zeros((2, 3)), cell=[9, 9, 9], pbc=True)),
+    ),
     "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
 }
 
@@ -209,7 +237,9 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
     good = labelled(bulk("Si"))
     frames = [good, *[atoms for _, atoms in BAD.values()], good]
     ase.io.write(tmp_path / "frames.traj", frames)
-    (tmp_path / "text.extxyz").write_text("1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n")
+    (tmp_path / "text.extxyz").write_text(
+        "1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n"
+    )
     files = tmp_path / "frames.traj", tmp_path / "text.extxyz"
     said = run("data.py", "pack", *files, "--out", tmp_path / "set", "--workers", 1, ok=False)
     assert not (tmp_path / "set").exists()
@@ -252,12 +282,17 @@ def test_bad_files_give_one_line(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
     bad = [tmp_path / name for name in ("empty.extxyz", "text.extxyz", "latin.extxyz", "damaged.zip")]
     said = run("data.py", "pack", *bad, "--out", tmp_path / "set", "--workers", 1, ok=False)
-    assert all(f"bad: {f.name}" in said for f in bad) and said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
+    assert (
+        all(f"bad: {f.name}" in said for f in bad)
+        and said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
+    )
     said = run("data.py", "pack", tmp_path / "none.extxyz", "--out", tmp_path / "set", "--workers", 1, ok=False)
     assert "error: " in said and "no file" in said
     said = run("data.py", "pack", tmp_path / "text.extxyz", "--out", tmp_path / "set", "--val", "5", ok=False)
     assert "--val is a share, between 0 and 1, not 5" in said
-    assert "not a whole zip" in run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)
+    assert "not a whole zip" in run(
+        "data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False
+    )
     with pytest.raises(FileNotFoundError, match="no packed set"):
         data.PackedSet(tmp_path / "nothing")
 

@@ -100,14 +100,20 @@ def test_supercells_are_additive(calc):
     """A crystal of 12 cells has 12 times the energy, the forces repeat, the stress stays; whatever shape the 12 have."""
     atoms = structures()[0]
     energy, forces, stress = evaluate(calc, atoms)
-    for shape in (np.diag([2, 2, 3]), np.array([[2, 1, 0], [0, 2, -1], [0, 0, 3]]), np.array([[0, 2, 0], [2, 0, 1], [0, 0, -3]])):
+    for shape in (
+        np.diag([2, 2, 3]),
+        np.array([[2, 1, 0], [0, 2, -1], [0, 0, 3]]),
+        np.array([[0, 2, 0], [2, 0, 1], [0, 0, -3]]),
+    ):
         big = make_supercell(atoms, shape)
         assert len(big) == 24
         big_energy, big_forces, big_stress = evaluate(calc, big)
         assert big_energy == pytest.approx(12 * energy, abs=1e-9)
         np.testing.assert_allclose(big_stress, stress, atol=1e-12)
         for symbol in ("Na", "Cl"):
-            np.testing.assert_allclose(big_forces[big.symbols == symbol], forces[atoms.symbols == symbol].repeat(12, 0), atol=1e-10)
+            np.testing.assert_allclose(
+                big_forces[big.symbols == symbol], forces[atoms.symbols == symbol].repeat(12, 0), atol=1e-10
+            )
 
 
 def test_far_apart_is_additive(calc):

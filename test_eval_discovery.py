@@ -39,7 +39,9 @@ def files(tmp_path_factory):
     save(folder / "model.pt", small_model())
     rng, structures = np.random.default_rng(0), []
     for k in range(N):
-        atoms = [bulk("NaCl", "rocksalt", 5.6), bulk("Si"), bulk("Pt"), bulk("NaCl", "rocksalt", 5.4, cubic=True)][k % 4]
+        atoms = [bulk("NaCl", "rocksalt", 5.6), bulk("Si"), bulk("Pt"), bulk("NaCl", "rocksalt", 5.4, cubic=True)][
+            k % 4
+        ]
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(size=(3, 3)) * 0.02), scale_atoms=True)
         atoms.rattle(0.05, rng=rng)
         structures.append(atoms)
@@ -80,7 +82,9 @@ def same(out, expected):
     a, b = predictions(out), predictions(expected)
     assert a.keys() == b.keys()
     for k in a:
-        assert [a[k][c] for c in ("steps", "converged", "error")] == [b[k][c] for c in ("steps", "converged", "error")], k
+        assert [a[k][c] for c in ("steps", "converged", "error")] == [
+            b[k][c] for c in ("steps", "converged", "error")
+        ], k
         assert float(a[k]["e_form_per_atom"]) == pytest.approx(float(b[k]["e_form_per_atom"]), abs=1e-6)
 
 
@@ -186,7 +190,11 @@ def test_run_is_the_calculators(files, whole, capsys):
     capsys.readouterr()
     main(command(files, whole, "--srme", 0.5))  # nothing is left to do
     said = capsys.readouterr().out
-    assert f"{N} structures, {N} of them done before" in said and "CPU-hours" in said and len(list(whole.glob("parts/*"))) == 1
+    assert (
+        f"{N} structures, {N} of them done before" in said
+        and "CPU-hours" in said
+        and len(list(whole.glob("parts/*"))) == 1
+    )
     table = said[said.index("column e_form") :]
     scored = "--score", whole / "predictions.csv.gz", "--summary", files / "summary.csv", "--out", files / "p"
     main([*map(str, scored), "--plot", "--srme", "0.5"])
@@ -217,7 +225,11 @@ def test_killed_and_rerun(files, whole, tmp_path):
         assert p.returncode == -signal.SIGKILL, p.stderr
     parts = sorted(tmp_path.glob("run/parts/*"))
     done = [re.findall(r"material_id=(\S+)", f.read_text()) for f in parts]
-    assert [*map(len, done)] == [7, 7] and len({*sum(done, [])}) == 14 and not (tmp_path / "run/predictions.csv.gz").exists()
+    assert (
+        [*map(len, done)] == [7, 7]
+        and len({*sum(done, [])}) == 14
+        and not (tmp_path / "run/predictions.csv.gz").exists()
+    )
     for part, (first, *_), other in zip(parts, done, sorted(predictions(whole).keys() - sum(done, []))):
         lines = part.read_text().splitlines(keepends=True)
         frame = "".join(lines[: int(lines[0]) + 2]).replace(f"={first} ", f"={other} ")
@@ -233,7 +245,14 @@ def test_killed_and_rerun(files, whole, tmp_path):
 
 def test_two_processes_go_on_from_one(files, whole, tmp_path):
     main(command(files, tmp_path / "run", "--n", 5))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "eval_discovery.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "eval_discovery.py",
+    ]
     out = subprocess.run([*torchrun, *command(files, tmp_path / "run")], cwd=HERE, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "5 of them done before; 2 x cpu" in out.stdout and out.stdout.count("MAE (eV/atom)") == 1
@@ -251,7 +270,9 @@ def test_failures_count_as_unstable_and_are_told(files, tmp_path, capsys):
     for _ in range(2):  # a rerun has nothing to do
         main(command(files, tmp_path / "run", "--structures", tmp_path / "s.zip", "--summary", summary))
         said = capsys.readouterr().out
-        assert "no prediction for 1: elements that the model lacks: Fe" in said and "no prediction for 1: not in " in said
+        assert (
+            "no prediction for 1: elements that the model lacks: Fe" in said and "no prediction for 1: not in " in said
+        )
     rows = predictions(tmp_path / "run")
     assert rows["wbm-1-1"]["energy"] == rows["wbm-1-1"]["e_form_per_atom"] == rows["wbm-1-3"]["steps"] == ""
     assert "lacks: Fe" in rows["wbm-1-1"]["error"] and "2 of 4 relaxed" in said
@@ -274,7 +295,9 @@ def test_parity_with_ase(tmp_path):
     for k, dft, dft_e_form in rows:
         atoms, energy, converged, steps = ase_relaxed(atoms_of[k], calc, 0.02, 500)
         off.append(abs(float(got[k]["energy"]) - energy) / len(atoms))
-        print(f"{k} {atoms.symbols}: {off[-1]:.1e} eV/atom, {got[k]['steps']} steps, ASE {steps}; converged {converged}")
+        print(
+            f"{k} {atoms.symbols}: {off[-1]:.1e} eV/atom, {got[k]['steps']} steps, ASE {steps}; converged {converged}"
+        )
         assert [got[k]["converged"], int(got[k]["steps"])] == [str(converged), steps]
         e_form = dft_e_form + (energy - dft) / len(atoms)
         assert off[-1] < 1e-6 and float(got[k]["e_form_per_atom"]) == pytest.approx(e_form, abs=1e-6)
@@ -315,9 +338,15 @@ def test_what_did_not_fit_the_memory_is_tried_again(tmp_path):
     frame = '1\nmaterial_id={} energy=1.0 converged=F {}pbc="F F F"\nH 0 0 0\n'
     (tmp_path / "parts").mkdir()
     failed = 'error="out of memory with this structure alone" '
-    (tmp_path / "parts/1-0.extxyz").write_text(frame.format("a", failed) + frame.format("b", failed) + frame.format("c", ""))
+    (tmp_path / "parts/1-0.extxyz").write_text(
+        frame.format("a", failed) + frame.format("b", failed) + frame.format("c", "")
+    )
     (tmp_path / "parts/2-0.extxyz").write_text(frame.format("a", ""))
-    assert [(r["material_id"], "error" in r) for r, _ in read_parts(tmp_path)] == [("c", False), ("a", False), ("b", True)]
+    assert [(r["material_id"], "error" in r) for r, _ in read_parts(tmp_path)] == [
+        ("c", False),
+        ("a", False),
+        ("b", True),
+    ]
 
 
 def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):

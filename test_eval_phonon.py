@@ -56,7 +56,9 @@ def files(tmp_path_factory):
     (folder / "mdr/mp-2.yaml.bz2").write_bytes(bz2.compress(text))
     (folder / "mdr/mp-2.yaml").unlink()
     sites = [dict(species=[dict(element="Si")], xyz=x) for x in bulk("Si").positions.tolist()]
-    entry = dict(mp_id="mp-9", structure=dict(lattice=dict(matrix=bulk("Si").cell.tolist()), sites=sites), heat_capacity=40.0)
+    entry = dict(
+        mp_id="mp-9", structure=dict(lattice=dict(matrix=bulk("Si").cell.tolist()), sites=sites), heat_capacity=40.0
+    )
     (folder / "cv.json.gz").write_bytes(gzip.compress(json.dumps([entry]).encode()))
     return folder
 
@@ -100,12 +102,24 @@ def test_scores_by_a_naive_loop_and_failures_count_2(tmp_path, capsys):
         for s in range(3):
             total += abs(np.mean(a["mode_kappa_tot_rta"][0][q][s][:3]) - b["mode_kappa_TOT_ave"][0][q][s])
     srme, sre = 2 * total / sum(b["weights"]) / (k + true), 2 * abs(k - true) / (k + true)
-    form = lambda ids, rows: {c: {str(i): r.get(c) for i, r in enumerate(rows)} for c in rows[0]} | {
-        "mp_id": {str(i): x for i, x in enumerate(ids)}}
+    form = lambda ids, rows: (
+        {c: {str(i): r.get(c) for i, r in enumerate(rows)} for c in rows[0]}
+        | {"mp_id": {str(i): x for i, x in enumerate(ids)}}
+    )
     predicted = [a, a | dict(kappa_tot_rta=None), a | dict(mode_kappa_tot_rta=[[[[1] * 6]]])]
     (tmp_path / "a.json").write_text(json.dumps(form(["x", "y", "z"], predicted)))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(form(["x", "y", "z", "w"], [b] * 4)).encode()))
-    main(["kappa", "--reference", str(tmp_path / "b.json.gz"), "--score", str(tmp_path / "a.json"), "--out", str(tmp_path)])
+    main(
+        [
+            "kappa",
+            "--reference",
+            str(tmp_path / "b.json.gz"),
+            "--score",
+            str(tmp_path / "a.json"),
+            "--out",
+            str(tmp_path),
+        ]
+    )
     got = table(tmp_path / "kappa.csv")
     assert [float(got["x"][c]) for c in ("SRE", "SRME")] == pytest.approx([sre, srme], abs=1e-12)
     assert [got[k]["error"] for k in "yw"] == ["no conductivity", "not among the predictions"]
@@ -159,12 +173,21 @@ def test_reference_quantities_equal_phonopys_command_line(files, tmp_path, which
     q = q[(np.abs(whole - np.rint(whole)) < 1e-6).all(1)]
     assert len(q) == len(ph.supercell) / len(ph.primitive)
     code, options = "from phonopy.scripts.phonopy_load import run; run()", "--nonac --fc-calc traditional".split()
-    for more in (["--qpoints", " ".join(map(str, q.ravel()))], "--mesh 100 -t --tmin 300 --tmax 300 --cutoff-freq 1e-4".split()):
-        subprocess.run([sys.executable, "-c", code, path, *options, *more], cwd=tmp_path, check=True, capture_output=True)
+    for more in (
+        ["--qpoints", " ".join(map(str, q.ravel()))],
+        "--mesh 100 -t --tmin 300 --tmax 300 --cutoff-freq 1e-4".split(),
+    ):
+        subprocess.run(
+            [sys.executable, "-c", code, path, *options, *more], cwd=tmp_path, check=True, capture_output=True
+        )
     read = lambda name: yaml.safe_load((tmp_path / name).read_text())
     (t,) = read("thermal_properties.yaml")["thermal_properties"]
     frequencies = [band["frequency"] for point in read("qpoints.yaml")["phonon"] for band in point["band"]]
-    expected = [max(frequencies) * 47.99243, *(t[k] for k in ("entropy", "free_energy", "heat_capacity")), min(frequencies)]
+    expected = [
+        max(frequencies) * 47.99243,
+        *(t[k] for k in ("entropy", "free_energy", "heat_capacity")),
+        min(frequencies),
+    ]
     assert [got[q] for q in (*QUANTITIES, eval_phonon.LOWEST)] == pytest.approx(expected, abs=1e-6)
 
 
@@ -256,7 +279,9 @@ def structures(path, q=5):
     """Rock salt, and an element that the small model lacks, with supercells and meshes that take no time."""
     for atoms, name in ((bulk("NaCl", "rocksalt", 5.6), "NaCl"), (bulk("FeO", "rocksalt", 4.3), "FeO")):
         two, mesh = [[2, 0, 0], [0, 2, 0], [0, 0, 2]], [q] * 3
-        atoms.info = dict(mp_id=name, name=name, fc2_supercell=two, fc3_supercell=np.eye(3, dtype=int).tolist(), q_mesh=mesh)
+        atoms.info = dict(
+            mp_id=name, name=name, fc2_supercell=two, fc3_supercell=np.eye(3, dtype=int).tolist(), q_mesh=mesh
+        )
         ase.io.write(path, atoms, format="extxyz", append=True)
     return path
 
@@ -277,14 +302,20 @@ def test_conductivity_end_to_end(files, tmp_path, capsys):
     for name, cells, perfect in (("fc2_forces", second, ph.phonon_supercell), ("fc3_forces", third, ph.supercell)):
         u = np.array([c.positions for c in cells]) - perfect.positions
         stretch = u[:, :, None] - u[:, None]
-        sign = np.sign(perfect.numbers[:, None, None] - perfect.numbers[None, :, None])  # Na pulls harder than it is pushed
+        sign = np.sign(
+            perfect.numbers[:, None, None] - perfect.numbers[None, :, None]
+        )  # Na pulls harder than it is pushed
         x[name] = -(stretch - 0.5 * stretch**2 * sign).sum(2) / 4
     eval_phonon.save(out / "forces/NaCl.npz", lambda f: np.savez_compressed(f, **x))
     main(command(files, *fixed, "--stage", "transport"))
     got = table(out / "kappa.csv")
     assert "lacks: Fe" in got["FeO"]["error"] and got["FeO"]["SRME"] == "2.0"
     row = read_kappas(out / "conductivity.json.gz")["NaCl"]
-    assert row["spg_num"] == row["relaxed_space_group_number"] == 225 and not row["has_imag_ph_modes"] and not row["errors"]
+    assert (
+        row["spg_num"] == row["relaxed_space_group_number"] == 225
+        and not row["has_imag_ph_modes"]
+        and not row["errors"]
+    )
     weights, tensor = row["mode_weights"], np.array(row["kappa_tot_rta"])[0]
     assert np.sum(weights) == 125 and tensor[0] > 0
     np.testing.assert_allclose(np.array(row["mode_kappa_tot_rta"])[0].sum((0, 1)) / np.sum(weights), tensor, atol=1e-9)
@@ -373,4 +404,8 @@ def test_official_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
         assert str(eval_phonon.official("mdr")) == "data/phonon/mdr"
         with pytest.raises(ValueError, match="wrong md5 .*delete it"):
             eval_phonon.official("reference")
-    assert fetched == [eval_phonon.MDR, f"{eval_phonon.MDR}mp-1.yaml.bz2", "https://ndownloader.figshare.com/files/59988539"]
+    assert fetched == [
+        eval_phonon.MDR,
+        f"{eval_phonon.MDR}mp-1.yaml.bz2",
+        "https://ndownloader.figshare.com/files/59988539",
+    ]

@@ -219,7 +219,9 @@ static void wait_for_copies() {
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_device = pytest.mark.skipif(not torch.cuda.is_available() and not shutil.which("g++"), reason="needs a CUDA GPU or g++")
+needs_device = pytest.mark.skipif(
+    not torch.cuda.is_available() and not shutil.which("g++"), reason="needs a CUDA GPU or g++"
+)
 
 
 class OnCPU:
@@ -260,9 +262,16 @@ def fused_on_cpu(*shape, shared_memory=1 << 18):
 @needs_device
 def test_pairs_equal_those_of_the_cpu(monkeypatch):
     structures = odd_structures()
-    numbers, positions, cell, pbc = (np.concatenate([getattr(a, k) for a in structures]) for k in ("numbers", "positions", "cell", "pbc"))
+    numbers, positions, cell, pbc = (
+        np.concatenate([getattr(a, k) for a in structures]) for k in ("numbers", "positions", "cell", "pbc")
+    )
     structure = torch.repeat_interleave(torch.arange(len(structures)), torch.tensor([len(a) for a in structures]))
-    arrays = torch.from_numpy(positions), torch.from_numpy(cell).view(-1, 3, 3), torch.from_numpy(pbc).view(-1, 3), structure
+    arrays = (
+        torch.from_numpy(positions),
+        torch.from_numpy(cell).view(-1, 3, 3),
+        torch.from_numpy(pbc).view(-1, 3),
+        structure,
+    )
     bins = data.linked_cells(*arrays, 6.0)
     expected = data.neighbor_list(bins, 6.0)
     if torch.cuda.is_available():
@@ -282,7 +291,9 @@ def test_convolution_refuses_other_tensors():
     k = SimpleNamespace(shape=SimpleNamespace(x_dim=4, lmax=0, width=64, w_dim=4), device=CUDA)
     row_ptr, senders = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
     with pytest.raises(ValueError, match="x should be .2, 4. float32 on cuda"):
-        kernels.Conv.apply(k, torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4), senders, row_ptr)
+        kernels.Conv.apply(
+            k, torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4), senders, row_ptr
+        )
     k.device = torch.device("cpu")
     tensors = torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4)
     with pytest.raises(ValueError, match="senders should be .n,. int64 on cpu, not .2,. torch.int32"):
@@ -329,7 +340,11 @@ def test_room_for_edges_but_none():
     device = CUDA if on_gpu else torch.device("cpu")
     k = (fused_kernels if on_gpu else fused_on_cpu)((12,), (7,), 0, 64, 8, False, True, device)
     senders = torch.tensor([10**8, *[0] * 8], device=device)[1:]  # what is before them leads far away
-    sh, hidden, row_ptr = k.empty(8, 8).zero_(), k.empty(2, 8, 64).zero_(), torch.zeros(n + 1, dtype=torch.int64, device=device)
+    sh, hidden, row_ptr = (
+        k.empty(8, 8).zero_(),
+        k.empty(2, 8, 64).zero_(),
+        torch.zeros(n + 1, dtype=torch.int64, device=device),
+    )
     x, w3 = torch.ones(n, k.shape.x_dim, device=device), torch.ones(64, k.shape.w_dim, device=device)
     y = k.forward("forward_false", x.new_full((n, k.shape.y_dim), torch.nan), x, sh, hidden[0], w3, senders, row_ptr)
     gx, gsh, gr = torch.zeros_like(x), x.new_zeros(8, 8), x.new_zeros(8)
@@ -417,10 +432,15 @@ def check_kernels(k, muls, muls_out, n):
     error["basis"] = distance(numbers(got[1])[..., :8], torch.stack(basis))
     shd, rdot = kernels.edge_tangents(k, v, d)
     expected = torch.func.jvp(lambda v: (embed(v), torch.linalg.vector_norm(v, dim=1)), (v,), (d,))[1]
-    error["shd"], error["rd"] = distance(numbers(shd)[:, k.components], expected[0]) if lmax else 0, distance(rdot, expected[1])
+    error["shd"], error["rd"] = (
+        distance(numbers(shd)[:, k.components], expected[0]) if lmax else 0,
+        distance(rdot, expected[1]),
+    )
     gs, gr = randn(e, (lmax + 1) ** 2), randn(e)
     by_sh = torch.zeros(e, 8 * (lmax + 1), device=device).index_copy(1, k.components, gs)
-    expected = torch.func.vjp(lambda v: (embed(v), torch.linalg.vector_norm(v, dim=1)), v)[1]((gs.double(), gr.double()))[0]
+    expected = torch.func.vjp(lambda v: (embed(v), torch.linalg.vector_norm(v, dim=1)), v)[1](
+        (gs.double(), gr.double())
+    )[0]
     error["g"] = distance(torch.autograd.grad(got[2:], leaf, (by_sh, gr))[0], expected)
     print({name: f"{v:.1e}" for name, v in error.items()})
     assert all(e < (1e-6 if exact else 1e-3) for e in error.values())
@@ -475,7 +495,9 @@ def test_a_step_without_double_backward(norm, monkeypatch):
 
 def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o", layers=4):
     torch.manual_seed(2)
-    stats = dict(avg_n_neighbors=40.0, scale=0.8, shift=0.1, atomic_numbers=[1, 6, 8, 11, 14, 17, 26], atom_energies=[0.0] * 7)
+    stats = dict(
+        avg_n_neighbors=40.0, scale=0.8, shift=0.1, atomic_numbers=[1, 6, 8, 11, 14, 17, 26], atom_energies=[0.0] * 7
+    )
     model = Nequix({**stats, "norm": norm, "hidden": hidden, "lmax": hidden.count("+"), "layers": layers})
     for p in model.parameters():
         if p.ndim == 1:
@@ -506,7 +528,9 @@ def compare_gradients(model, exact):
     total = distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in ref]))
     worst = max(errors, key=errors.get)
     force = distance(efs[1], ref_efs[1])
-    print(f"gradient {total:.1e}, worst {worst} {errors[worst]:.1e}, loss {abs(loss / ref_loss - 1):.1e}, forces {force:.1e}")
+    print(
+        f"gradient {total:.1e}, worst {worst} {errors[worst]:.1e}, loss {abs(loss / ref_loss - 1):.1e}, forces {force:.1e}"
+    )
     assert total < (1e-5 if exact else 1e-2) and abs(loss / ref_loss - 1) < (1e-5 if exact else 1e-2)
     assert force < (1e-5 if exact else 1e-2) and all(e < (3e-5 if exact else 3e-2) for e in errors.values())
     assert torch.allclose(efs[0], ref_efs[0], rtol=0, atol=1e-4 if exact else 1e-1)
@@ -559,7 +583,9 @@ def test_padded_batches_and_their_cuda_graph(monkeypatch):
             before, got = replay.padded, gradient(replay, batch, counts)
             assert (replay.padded is before) == (before is not None and len(some) < 5)
         else:
-            padded = padded or Padded(batch, [len(t) + len(t) // 10 + 1 for t in (batch.numbers, batch.senders, batch.cell)])
+            padded = padded or Padded(
+                batch, [len(t) + len(t) // 10 + 1 for t in (batch.numbers, batch.senders, batch.cell)]
+            )
             assert padded.fill(batch) == (len(some) < 5)
             if len(some) == 5:
                 break

@@ -15,9 +15,14 @@ from test_data import batch_of
 from train import batch_loss
 
 SHARED = Path(__file__).parent.parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the released weights and reference values in ../shared")
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(), reason="needs the released weights and reference values in ../shared"
+)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-CONVS = [("cpu", "torch"), *[("cuda", c) for c in ("torch", "oeq", "fused") if "cuda" in DEVICES and not (c == "oeq" and oeq_error())]]
+CONVS = [
+    ("cpu", "torch"),
+    *[("cuda", c) for c in ("torch", "oeq", "fused") if "cuda" in DEVICES and not (c == "oeq" and oeq_error())],
+]
 
 
 def to(batch, device):
@@ -27,7 +32,9 @@ def to(batch, device):
 def small_model(**config):
     torch.manual_seed(0)
     numbers = [1, 6, 8, 11, 14, 17, 78]
-    statistics = dict(atomic_numbers=numbers, atom_energies=[-0.1 * z for z in numbers], avg_n_neighbors=40, scale=0.9, shift=0.2)
+    statistics = dict(
+        atomic_numbers=numbers, atom_energies=[-0.1 * z for z in numbers], avg_n_neighbors=40, scale=0.9, shift=0.2
+    )
     config = dict(hidden="16x0e+8x1o+4x2e", lmax=2, layers=3, radial_size=16) | statistics | config
     return Nequix(config).double()
 
@@ -173,7 +180,9 @@ def test_openequivariance_equals_plain_torch():
 
 def rebuilt(b, positions, cell):
     """The batch with its edges but other positions and cell."""
-    vectors = positions[b.senders] - positions[b.receivers] + (b.shifts[:, :, None] * cell[b.structure[b.receivers]]).sum(1)
+    vectors = (
+        positions[b.senders] - positions[b.receivers] + (b.shifts[:, :, None] * cell[b.structure[b.receivers]]).sum(1)
+    )
     return type(b)(**{**vars(b), "positions": positions, "cell": cell, "vectors": vectors})
 
 
@@ -259,7 +268,14 @@ def test_bad_files_and_configurations_are_told(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=words):
             load(tmp_path / name)
-    bad = dict(hidden="16x0e+8x1e"), dict(hidden="16x1o"), dict(hidden="words"), dict(lmax=1), dict(lmax=4), dict(layers=0)
+    bad = (
+        dict(hidden="16x0e+8x1e"),
+        dict(hidden="16x1o"),
+        dict(hidden="words"),
+        dict(lmax=1),
+        dict(lmax=4),
+        dict(layers=0),
+    )
     for bad in (*bad, dict(atom_energies=[0.0])):
         with pytest.raises(ValueError):
             small_model(**bad)

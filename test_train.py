@@ -97,7 +97,10 @@ def test_loss_and_errors_equal_a_naive_loop(packed):
     expected = 20 * np.mean(de) + 20 * np.mean(df) + 5 * np.mean(ds)
     counts = label_counts(p, indices)
     for pieces in ([indices], np.split(indices, [1, 5])):
-        loss = sum(batch_loss(b, nequix.energy_forces_stress(model, b), (20, 20, 5), counts).item() for b in map(p.batch, pieces))
+        loss = sum(
+            batch_loss(b, nequix.energy_forces_stress(model, b), (20, 20, 5), counts).item()
+            for b in map(p.batch, pieces)
+        )
         assert loss == pytest.approx(expected, rel=1e-12)
         mae, _ = evaluate(model, p, indices, max_edges=max(len(pieces[0]), 1) * 100)
         assert mae == pytest.approx([1000 * np.mean(x) for x in (de, df2, ds_n)], rel=1e-12)
@@ -184,7 +187,9 @@ def test_a_stopped_run_ends_with_the_same_weights(packed, tmp_path, uninterrupte
 def test_a_finished_run_says_so_again(packed, uninterrupted, tmp_path):
     said = run(*command(packed, uninterrupted, "--steps", "40", "--eval-every", "20", "--save-every", "3"))
     assert said.splitlines()[-1] == (uninterrupted / "log.txt").read_text().splitlines()[-1]
-    assert "other settings (lr: 0.01 -> 0.5)" in run(*command(packed, uninterrupted, "--lr", "0.5", "--steps", "40"), ok=False)
+    assert "other settings (lr: 0.01 -> 0.5)" in run(
+        *command(packed, uninterrupted, "--lr", "0.5", "--steps", "40"), ok=False
+    )
     state = torch.load(uninterrupted / "state.pt", weights_only=True)
     torch.save(state | dict(sources_sha256="of an older commit"), tmp_path / "state.pt")
     said = run(*command(packed, tmp_path, "--steps", "40", "--eval-every", "20", "--save-every", "3"), ok=False)
@@ -211,7 +216,9 @@ def test_the_papers_figure_2_by_flags(packed, tmp_path, flags):
 
 
 def test_validate_prints_the_errors_of_weights(packed, uninterrupted):
-    said = run("train.py", "--validate", uninterrupted / "model.pt", "--data", packed, "--frames", "10", "--dtype", "float64")
+    said = run(
+        "train.py", "--validate", uninterrupted / "model.pt", "--data", packed, "--frames", "10", "--dtype", "float64"
+    )
     assert "on 10 validation frames" in said
     model, p = nequix.load(uninterrupted / "model.pt", dtype=torch.float64), PackedSet(packed)
     frames = np.sort(np.random.RandomState(0).permutation(p.indices(data.VAL))[:10])
@@ -256,7 +263,9 @@ def test_an_ablation_of_nothing_is_the_recipe(packed, tmp_path, monkeypatch):
     options = dict(hidden="8x0e+4x1o", lmax=1, layers=2, batch=6, steps=12, seed=3)
     flags = [str(x) for k, v in options.items() for x in ("--" + k, v)]
     run("train.py", "--recipe", "fast", "--data", packed, "--device", "cpu", *flags, "--out", tmp_path / "run")
-    final = re.search(r"^final .*mev_atom=(\S+) .*mev_A=(\S+) .*A3_atom=(\S+) train_s", (tmp_path / "run/log.txt").read_text(), re.M)
+    final = re.search(
+        r"^final .*mev_atom=(\S+) .*mev_A=(\S+) .*A3_atom=(\S+) train_s", (tmp_path / "run/log.txt").read_text(), re.M
+    )
     try:
         result = ablate.run(packed, ablate.fast_recipe() | options)
     finally:
@@ -266,10 +275,19 @@ def test_an_ablation_of_nothing_is_the_recipe(packed, tmp_path, monkeypatch):
 
     for seed, lr in ((0, 0.1), (1, 0.1), (2, 0.2)):
         base = dict(base=dict(seed=seed, lr=lr, steps=12), device="CPU", data="a")
-        lines = base, {"0.9": [100.0 + seed, 200.0, 0.5], "steps": 12}, {"0.9": [90.0, 200.0, 0.4], "steps": 6, "batch": 64, "ms": 1.0}
+        lines = (
+            base,
+            {"0.9": [100.0 + seed, 200.0, 0.5], "steps": 12},
+            {"0.9": [90.0, 200.0, 0.4], "steps": 6, "batch": 64, "ms": 1.0},
+        )
         (tmp_path / str(seed)).write_text("\n".join(map(json.dumps, lines)))
-    first, second = (line.split(maxsplit=7) for line in ablate.table([tmp_path / "0", tmp_path / "1"], "0.9").splitlines()[2:])
-    assert first == ["2", "100.5", "(0.7)", "200.0", "(0.0)", "0.500", "(0.000)", "{}"] and second[-1] == '{"steps": 6, "batch": 64}'
+    first, second = (
+        line.split(maxsplit=7) for line in ablate.table([tmp_path / "0", tmp_path / "1"], "0.9").splitlines()[2:]
+    )
+    assert (
+        first == ["2", "100.5", "(0.7)", "200.0", "(0.0)", "0.500", "(0.000)", "{}"]
+        and second[-1] == '{"steps": 6, "batch": 64}'
+    )
     with pytest.raises(ValueError, match="different bases"):
         ablate.table([tmp_path / "0", tmp_path / "2"], "0.9")
 
@@ -293,7 +311,9 @@ def test_a_step_never_waits_for_the_gpu(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(muon.Muon, "step", watched_step)
     monkeypatch.setattr(warnings, "showwarning", note)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    a = parse_args(["--data", str(packed), "--batch", "6", "--steps", "24", "--eval-every", "24", "--out", str(tmp_path / "run")])
+    a = parse_args(
+        ["--data", str(packed), "--batch", "6", "--steps", "24", "--eval-every", "24", "--out", str(tmp_path / "run")]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         train(a, torch.device("cuda", 0), torch.float32, 0, 1)
@@ -354,7 +374,9 @@ def test_fine_tuning_improves_the_set_and_resumes_exactly(student, tmp_path):
     assert refit[0, 0] < 0.1 * kept[0, 0] and refit[0, 1] == kept[0, 1]  # E0s are in no force
     assert refit[-1, 0] < 0.1 * kept[0, 0] and refit[-1, 1] < 0.8 * refit[0, 1], refit
 
-    model, teacher = (nequix.load(f, dtype=torch.float64) for f in (tmp_path / "refit/model.pt", student / "teacher.pt"))
+    model, teacher = (
+        nequix.load(f, dtype=torch.float64) for f in (tmp_path / "refit/model.pt", student / "teacher.pt")
+    )
     assert model.config["hidden"] == teacher.config["hidden"] and model.e0.tolist() == model.config["atom_energies"]
     absent = [i for i, z in enumerate(model.config["atomic_numbers"]) if z in (6, 78)]
     old = nequix.load(student / "student.pt").e0
@@ -382,7 +404,17 @@ def test_fine_tuning_improves_the_set_and_resumes_exactly(student, tmp_path):
 def test_e0s_refitted_on_two_processes(student, tmp_path):
     """Energies that differ from the model's by so much an atom of each element: that is found, however many share the work."""
     torchrun = "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"
-    arguments = ["--init", student / "student.pt", "--refit-e0", "--data", student / "set", "--steps", 1, "--device", "cpu"]
+    arguments = [
+        "--init",
+        student / "student.pt",
+        "--refit-e0",
+        "--data",
+        student / "set",
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+    ]
     arguments += ["--dtype", "float64"]
     run("train.py", *arguments, "--out", tmp_path / "one")
     run(*torchrun, "train.py", *arguments, "--out", tmp_path / "two")
@@ -418,7 +450,12 @@ def test_bad_arguments_give_one_line(packed, uninterrupted, tmp_path):
         ("--data", packed, "--hidden", "8x1o"): "hidden irreps",
         ("--data", packed, "--lmax", "7"): "lmax 7",
         ("--data", packed, "--conv", "oeq", "--device", "cpu"): "--conv oeq does not work here",
-        ("--data", packed, "--out", tmp_path): f"state.pt can't be read (EOFError): remove it to go on from {tmp_path}/state.prev",
+        (
+            "--data",
+            packed,
+            "--out",
+            tmp_path,
+        ): f"state.pt can't be read (EOFError): remove it to go on from {tmp_path}/state.prev",
         ("--data", packed, "--init", tmp_path / "none.nqx"): "no weights at",
         ("--data", packed, "--validate", uninterrupted / "model.pt", "--test"): "has no test frames",
         ("--data", packed, "--validate", tmp_path / "none.nqx"): "no weights at",
@@ -454,7 +491,9 @@ def test_a_signal_to_every_process_of_torchrun_saves(packed, tmp_path):
     """As a batch system does it: the workers get it twice, from it and from torchrun."""
     arguments = command(packed, tmp_path / "run", "--steps", "3000", "--eval-every", "1000", "--save-every", "5")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    process = subprocess.Popen([*torchrun, *map(str, arguments)], cwd=HERE, start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*torchrun, *map(str, arguments)], cwd=HERE, start_new_session=True, stderr=subprocess.PIPE
+    )
     wait_for(5, tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
@@ -466,7 +505,11 @@ def test_a_lost_rank_ends_the_others_and_any_number_goes_on(packed, tmp_path, un
     arguments = command(packed, tmp_path / "run", "--steps", "40", "--eval-every", "20", "--save-every", "3")
     where = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     start = lambda rank: subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=HERE, stderr=subprocess.PIPE, text=True, env=os.environ | where | dict(RANK=str(rank))
+        [sys.executable, *map(str, arguments)],
+        cwd=HERE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | where | dict(RANK=str(rank)),
     )
     first, second = start(0), start(1)
     wait_for(3, tmp_path / "run", first)

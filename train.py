@@ -52,9 +52,15 @@ def arg(default, help, **kwargs):
 class Args:
     data: str = arg("", "packed set (default: data/mptrj if packed, else data/sample, fetched if absent)")
     out: str = arg("", "folder of the run (default: runs/ and the name of the set)")
-    recipe: str = arg("paper", "defaults of what follows: Table A.1 of the paper, or those for the mini track", choices=["paper", "fast"])
+    recipe: str = arg(
+        "paper",
+        "defaults of what follows: Table A.1 of the paper, or those for the mini track",
+        choices=["paper", "fast"],
+    )
     # model
-    init: str = arg("", "start from these weights, their architecture and statistics: a name or a file", metavar="WEIGHTS")
+    init: str = arg(
+        "", "start from these weights, their architecture and statistics: a name or a file", metavar="WEIGHTS"
+    )
     refit_e0: bool = arg(False, "with --init: fit the atoms' energies to the training frames first")
     hidden: str = arg("128x0e+64x1o+32x2e+32x3o", "irreps of the hidden features")
     lmax: int = arg(3, "highest degree of the spherical harmonics")
@@ -95,11 +101,24 @@ class Args:
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
-FREE = "data out recipe conv device max_edges eval_every save_every validate frames test".split()  # may change between resumptions
+FREE = (
+    "data out recipe conv device max_edges eval_every save_every validate frames test".split()
+)  # may change between resumptions
 
 # Of the mini track: Muon moves a weight by a part of --lr a step, and 460 steps must take it away from its unit variance.
-FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, vector_lr=2.0, decay="linear",
-            weight_decay=0.1, ema=0.9, force_weight=10.0)
+FAST = dict(
+    hidden="64x0e+32x1o+32x2e",
+    lmax=2,
+    cutoff=5.0,
+    epochs=13.0,
+    batch=128,
+    lr=0.1,
+    vector_lr=2.0,
+    decay="linear",
+    weight_decay=0.1,
+    ema=0.9,
+    force_weight=10.0,
+)
 ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
 
 
@@ -114,7 +133,9 @@ def parse_args(argv=None):
     if p.parse_known_args(argv)[0].recipe == "fast":
         p.set_defaults(**FAST)
     a = Args(**vars(p.parse_args(argv)))
-    for name in "batch lr vector_lr layers cutoff n_basis radial_size radial_layers epochs save_every grad_clip".split():
+    for (
+        name
+    ) in "batch lr vector_lr layers cutoff n_basis radial_size radial_layers epochs save_every grad_clip".split():
         if not 0 < getattr(a, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
     if a.refit_e0 and not a.init:
@@ -200,7 +221,9 @@ class Padded:
         rows = dict.fromkeys(self.FIELDS, structures) | dict.fromkeys(("senders", "receivers", "vectors"), edges)
         rows |= dict.fromkeys(("numbers", "structure", "forces"), atoms) | dict(row_ptr=atoms + 1)
         first = {k: getattr(batch, k)[:1] for k in self.FIELDS}
-        self.batch = Batch(positions=None, shifts=None, **{k: t.repeat(rows[k], *[1] * (t.ndim - 1)) for k, t in first.items()})
+        self.batch = Batch(
+            positions=None, shifts=None, **{k: t.repeat(rows[k], *[1] * (t.ndim - 1)) for k, t in first.items()}
+        )
         self.fill(batch)
 
     def fill(self, batch):
@@ -313,7 +336,9 @@ def learning_rate(step, total, warmup, peak, decay="cosine"):
 def make_optimizer(params, a):
     if a.optimizer == "muon":
         return Muon(params, lr=a.lr, weight_decay=a.weight_decay)
-    groups = [dict(params=[p for p in params if p.ndim == n], weight_decay=w) for n, w in ((2, a.weight_decay), (1, 0.0))]
+    groups = [
+        dict(params=[p for p in params if p.ndim == n], weight_decay=w) for n, w in ((2, a.weight_decay), (1, 0.0))
+    ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=a.lr)
 
 
@@ -354,7 +379,9 @@ def draw_curve(path, history, targets):
 def sources():
     """The text of all scripts that a run depends on, and its sha256."""
     here = Path(__file__).parent
-    text = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split())
+    text = "".join(
+        f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split()
+    )
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -380,11 +407,15 @@ def refitted_e0(model, packed, indices, max_edges, rank, ranks):
     indices = indices[packed.has_energy[indices]]
     n = len(model.e0)
     xx_xy = torch.zeros(n, n + 1, dtype=torch.float64, device=packed.device)
-    pieces = micro_batches(deal(indices, packed.n_edges, ranks)[rank], packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    pieces = micro_batches(
+        deal(indices, packed.n_edges, ranks)[rank], packed.n_atoms, packed.n_edges, max_edges, max_edges
+    )
     for batch in prefetch(packed, tqdm(pieces, "fitting E0s", leave=False, disable=None if rank == 0 else True)):
         key = batch.structure * n + model.species[batch.numbers]
         x = torch.bincount(key, minlength=n * len(batch.cell)).view(-1, n).double()  # composition
-        energy = model(batch.numbers, batch.vectors, batch.senders, batch.row_ptr) + model.e0[model.species[batch.numbers]]
+        energy = (
+            model(batch.numbers, batch.vectors, batch.senders, batch.row_ptr) + model.e0[model.species[batch.numbers]]
+        )
         y = batch.energy.index_add(0, batch.structure, -energy)
         xx_xy += x.T @ torch.cat([x, y[:, None]], 1)
     if ranks > 1:
@@ -522,11 +553,15 @@ def train(a, device, dtype, rank, ranks):
         dist.barrier()
     if state_file.exists():
         try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)  # load_state_dict() moves what must move
+            state = torch.load(
+                state_file, map_location="cpu", weights_only=True
+            )  # load_state_dict() moves what must move
             differ = [f"{k}: {state['fixed'].get(k)} -> {v}" for k, v in fixed.items() if state["fixed"].get(k) != v]
         except Exception as e:
             why = (str(e) or type(e).__name__).splitlines()[0]
-            then = f"remove it to go on from {previous_file}" if previous_file.exists() else f"remove {out} to start anew"
+            then = (
+                f"remove it to go on from {previous_file}" if previous_file.exists() else f"remove {out} to start anew"
+            )
             raise ValueError(f"{state_file} can't be read ({why}): {then}") from None
         if differ:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out")
@@ -562,7 +597,9 @@ def train(a, device, dtype, rank, ranks):
         suspect = len(losses) >= 200 and losses[-1] > 10 * statistics.median(losses)
         if rank == 0 and not suspect:
             numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=list(losses))
-            parts = dict(model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict(), e0=model.e0)
+            parts = dict(
+                model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict(), e0=model.e0
+            )
             if state_file.exists():
                 os.replace(state_file, previous_file)
             save_state(state_file, fixed=fixed, sources_sha256=sources_sha256, **parts, **numbers)
@@ -584,7 +621,9 @@ def train(a, device, dtype, rank, ranks):
     if resumed:
         log(f"resumed at step {step} of {total}" + edited * ", with other sources than before: see above")
     else:
-        log(f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)")
+        log(
+            f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)"
+        )
 
     def validate():
         mae, base = evaluate(ema_model, packed, val_frames, max_edges // 2, rank, ranks)  # the graph keeps its memory
@@ -641,7 +680,12 @@ def train(a, device, dtype, rank, ranks):
     if step < total:
         pieces = pieces_of(step)[:1]
         if device.type == "cuda":
-            soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s) if packed.n_edges[p].sum() <= Replay.MOST]
+            soon = [
+                p
+                for s in range(step, min(step + 1000, total))
+                for p in pieces_of(s)
+                if packed.n_edges[p].sum() <= Replay.MOST
+            ]
             if soon:
                 pieces = [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)]
         try:

@@ -38,10 +38,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
 OPTIONS = "lr vector_lr decay weight_decay warmup_epochs batch seed cutoff hidden lmax layers".split()  # of train.py
-KEYS = {*OPTIONS, *"steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber".split()}
+KEYS = {
+    *OPTIONS,
+    *"steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber".split(),
+}
 KEYS |= {*"init float32 energy_first cutoff_first batch_first".split()}
-POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601)]
-POLAR += [(3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372)]
+POLAR = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+]
+POLAR += [
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+]
 POLAR += [(2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
 newton_schulz, paper_loss = muon.orthogonalize, train.batch_loss
 
@@ -92,7 +101,9 @@ class Variant(muon.Muon):
             state, m, g = self.state[p], m.view_as(p), p.grad
             if "q" not in state:
                 eye = lambda n: torch.eye(n, device=p.device) if n <= 256 else None  # a wide side stays as it is
-                state.update(q=[eye(n) for n in p.shape], moments=[None if q is None else q * 0 for q in map(eye, p.shape)])
+                state.update(
+                    q=[eye(n) for n in p.shape], moments=[None if q is None else q * 0 for q in map(eye, p.shape)]
+                )
                 state["square"] = torch.zeros_like(p)
             for k, gram in enumerate((g @ g.T, g.T @ g) if p.shape[1] <= 256 else (g @ g.T,)):
                 if state["q"][k] is not None:
@@ -118,7 +129,11 @@ def learning_rate(v, step, total, warmup):
     """train.learning_rate, or warm-up, stable and decay."""
     if v["decay"] != "wsd":
         return train.learning_rate(step, total, warmup, v["lr"], v["decay"])
-    return train.learning_rate(step, total, warmup, v["lr"], "linear") if step < warmup else v["lr"] * min(1, 2.5 * (1 - step / total))
+    return (
+        train.learning_rate(step, total, warmup, v["lr"], "linear")
+        if step < warmup
+        else v["lr"] * min(1, 2.5 * (1 - step / total))
+    )
 
 
 @functools.lru_cache
@@ -130,14 +145,21 @@ class Stage:
     """Steps with one batch size, one cutoff and one set of loss weights."""
 
     def __init__(self, path, v, model, cutoff, batch, weights):
-        self.packed, self.batch, self.cutoff, self.model, self.seed = packed_set(path, cutoff), batch, cutoff, model, v["seed"]
+        self.packed, self.batch, self.cutoff, self.model, self.seed = (
+            packed_set(path, cutoff),
+            batch,
+            cutoff,
+            model,
+            v["seed"],
+        )
         self.frames, self.replay = self.packed.indices(data.TRAIN), train.Replay(model, weights)
 
     def pieces(self, steps):
         for s in steps:
             frames = step_indices(self.frames, self.batch, self.seed, s)
-            yield train.label_counts(self.packed, frames), micro_batches(
-                frames, self.packed.n_atoms, self.packed.n_edges, MOST_EDGES, MOST_EDGES
+            yield (
+                train.label_counts(self.packed, frames),
+                micro_batches(frames, self.packed.n_atoms, self.packed.n_edges, MOST_EDGES, MOST_EDGES),
             )
 
     def build(self):
@@ -185,7 +207,9 @@ def run(path, v):
     # Stages: (part of the steps at which it ends, Stage). One thing at a time.
     stages = [(1, Stage(path, v, model, v["cutoff"], v["batch"], v["weights"]))]
     if "energy_first" in v:
-        stages.insert(0, (v["energy_first"], Stage(path, v, model, v["cutoff"], v["batch"], [v["weights"][0], 0.0, 0.0])))
+        stages.insert(
+            0, (v["energy_first"], Stage(path, v, model, v["cutoff"], v["batch"], [v["weights"][0], 0.0, 0.0]))
+        )
     for key in ("cutoff", "batch"):
         if key + "_first" in v:
             value, part = v[key + "_first"]
@@ -207,12 +231,16 @@ def run(path, v):
             for _ in stage.gradients(range(first, first + end - step)):
                 flat.mul_((100 / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1))
                 for group in opt.param_groups:
-                    group["lr"] = learning_rate(v, step, total, warmup) * (v["vector_lr"] if group["kind"] == "adam" else 1)
+                    group["lr"] = learning_rate(v, step, total, warmup) * (
+                        v["vector_lr"] if group["kind"] == "adam" else 1
+                    )
                     if "momentum_warmup" in v and group["kind"] == "muon":
                         group["momentum"] = 0.85 + (options["momentum"] - 0.85) * min(step / v["momentum_warmup"], 1)
                 opt.step()
                 for decay, average in zip(AVERAGES, averages):
-                    torch._foreach_lerp_(list(average.parameters()), [p.data for p in params], 1 - min(decay, (1 + step) / (10 + step)))
+                    torch._foreach_lerp_(
+                        list(average.parameters()), [p.data for p in params], 1 - min(decay, (1 + step) / (10 + step))
+                    )
                 flat.zero_()
                 step += 1
                 yield step
@@ -246,7 +274,9 @@ def run(path, v):
 
 def fast_recipe():
     recipe = train.parse_args(["--recipe", "fast"])
-    return {k: getattr(recipe, k) for k in OPTIONS} | dict(weights=[recipe.energy_weight, recipe.force_weight, recipe.stress_weight])
+    return {k: getattr(recipe, k) for k in OPTIONS} | dict(
+        weights=[recipe.energy_weight, recipe.force_weight, recipe.stress_weight]
+    )
 
 
 def table(files, average):
@@ -263,7 +293,10 @@ def table(files, average):
                 results.setdefault(json.dumps(changes), []).append(line[average])
     if any(b != bases[0] for b in bases):
         raise ValueError("runs with different bases: a table for each")
-    text = [json.dumps(bases[0]), f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}  changed"]
+    text = [
+        json.dumps(bases[0]),
+        f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}  changed",
+    ]
     for changes, errors in results.items():
         mean, sigma = np.mean(errors, 0), np.std(errors, 0, ddof=1) if len(errors) > 1 else [np.nan] * 3
         e, f, s = (f"{m:.{k}f} ({d:.{k}f})" for m, d, k in zip(mean, sigma, (1, 1, 3)))
@@ -276,7 +309,12 @@ def main():
     p.add_argument("data", nargs="?")
     p.add_argument("out", nargs="?", type=Path)
     p.add_argument("--read", nargs="+", type=Path, help="train nothing: a table of what is there")
-    p.add_argument("--average", default="0.9", choices=["last", *map(str, AVERAGES)], help="with --read: of which weights (default: 0.9)")
+    p.add_argument(
+        "--average",
+        default="0.9",
+        choices=["last", *map(str, AVERAGES)],
+        help="with --read: of which weights (default: 0.9)",
+    )
     p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
     p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
     a = p.parse_args()

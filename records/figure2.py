@@ -1,6 +1,6 @@
 """The paper's Figure 2 on the sample: Muon and AdamW, with and without RMSNorm, at four learning rates; hidden 128x0e+64x1o.
 
-    python records/figure2.py runs/figure2 [--at-once 4] [options of train.py]       # figure2.png, table.txt, the logs; a rerun goes on
+python records/figure2.py runs/figure2 [--at-once 4] [options of train.py]       # figure2.png, table.txt, the logs; a rerun goes on
 """
 
 import argparse
@@ -36,7 +36,9 @@ def run(out, kind, rate, options):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("out", type=Path)
     p.add_argument("--at-once", type=int, default=4, help="runs that share the GPU (default: 4)")
     a, options = p.parse_known_args()

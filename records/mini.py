@@ -20,7 +20,9 @@ from scipy import stats
 
 TRAIN = Path(__file__).parent.parent / "train.py", "--data", "data/sample", "--tf32"
 COLUMNS = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A^3/atom)", "GPU-seconds"
-FINAL = re.compile(r"^final step=\d+ energy_mae_mev_atom=(\S+) force_mae_mev_A=(\S+) stress_mae_mev_A3_atom=(\S+) .*gpu_h=(\S+)", re.M)
+FINAL = re.compile(
+    r"^final step=\d+ energy_mae_mev_atom=(\S+) force_mae_mev_A=(\S+) stress_mae_mev_A3_atom=(\S+) .*gpu_h=(\S+)", re.M
+)
 ERRORS = re.compile(r"energy MAE (\S+) meV/atom, force MAE (\S+) meV/A, stress MAE (\S+) meV")
 SEEDS = 5  # at least, and
 CONFIDENCE = 2.33  # (target - mean) sqrt(n) / sigma at least: one-sided p < 0.01
@@ -63,7 +65,9 @@ def table(title, rows, seeds, targets=None):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("out", type=Path)
     p.add_argument("--seeds", type=int, default=5, help="default: 5")
     p.add_argument("--at-once", type=int, default=1, help="runs that share the GPU (default: 1)")

@@ -1,7 +1,7 @@
 """Whole training steps of the official Nequix code (nequix 0.4.5, and openequivariance 0.7.0) on one GPU, in PyTorch or JAX.
 
-    python peers.py --backend torch|jax --data data/random1k [--batch 256] [--steps 20] [--tf32] [--no-kernel] [--largest]
-    python peers.py --build DIR --extjax SOURCES     # compile openequivariance_extjax with g++ into DIR
+python peers.py --backend torch|jax --data data/random1k [--batch 256] [--steps 20] [--tf32] [--no-kernel] [--largest]
+python peers.py --build DIR --extjax SOURCES     # compile openequivariance_extjax with g++ into DIR
 """
 
 import argparse
@@ -40,7 +40,9 @@ def build(out):
     from torch.utils.cpp_extension import CUDA_HOME
 
     homes = (Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", CUDA_HOME) if h)
-    paths = [h for h in homes if (h / "include/cuda_runtime.h").is_file()][:1] + [Path(s) / "nvidia/cu13" for s in sys.path if (Path(s) / "nvidia/cu13").is_dir()]
+    paths = [h for h in homes if (h / "include/cuda_runtime.h").is_file()][:1] + [
+        Path(s) / "nvidia/cu13" for s in sys.path if (Path(s) / "nvidia/cu13").is_dir()
+    ]
     inc = [src, src / "extension", jax.ffi.include_dir(), nb / "include", nb / "ext/robin_map/include"]
     inc += [sysconfig.get_paths()["include"], *[c / "include" for c in paths]]
     libs = [d for c in paths for d in (c / "lib64", c / "lib", c / "lib64/stubs", c / "lib/stubs") if d.is_dir()]
@@ -237,7 +239,9 @@ def jax_backend():
     )  # fmt: skip
     optim = optax.chain(
         optax.clip_by_global_norm(CLIP),
-        optax.contrib.muon(learning_rate=schedule, weight_decay=WEIGHT_DECAY, weight_decay_mask=weight_decay_mask(model)),
+        optax.contrib.muon(
+            learning_rate=schedule, weight_decay=WEIGHT_DECAY, weight_decay_mask=weight_decay_mask(model)
+        ),
     )
     opt_state = optim.init(eqx.filter(model, eqx.is_array))
     ema_model = jax.tree.map(lambda x: x.copy(), model)

@@ -1,6 +1,6 @@
 """The same displaced supercells one at a time through ASE, after eval_phonon.py kappa has written their forces to OUT.
 
-    PYTHONPATH=. python records/2026-11-23_phonons/ase_one_by_one.py STRUCTURES WEIGHTS OUT ID...
+PYTHONPATH=. python records/2026-11-23_phonons/ase_one_by_one.py STRUCTURES WEIGHTS OUT ID...
 """
 
 import json
@@ -29,5 +29,8 @@ for k in ids:
             forces = atoms.get_forces()
             seconds += time.perf_counter() - start
             apart, cells = max(apart, np.abs(forces - x[name][d]).max()), cells + 1
-print(f"{len(ids)} materials, {cells} cells one by one: {seconds:.2f} s, {3600 * len(ids) / seconds:.0f} materials an hour; ", end="")
+print(
+    f"{len(ids)} materials, {cells} cells one by one: {seconds:.2f} s, {3600 * len(ids) / seconds:.0f} materials an hour; ",
+    end="",
+)
 print(f"forces differ from those of the batches by {apart:.1e} eV/A at most")

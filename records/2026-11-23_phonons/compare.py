@@ -1,6 +1,6 @@
 """How far apart two runs of eval_phonon.py mdr are: of the same materials, say in float32 and in float64.
 
-    python records/2026-11-23_phonons/compare.py runs/mdr32/mdr.csv runs/mdr64/mdr.csv
+python records/2026-11-23_phonons/compare.py runs/mdr32/mdr.csv runs/mdr64/mdr.csv
 """
 
 import csv
