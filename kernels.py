@@ -40,6 +40,7 @@ import gc
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,9 +59,6 @@ BOUNDS = {
     "weight_grad<true>": (2, 2, 2, 2),
 }
 MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of an H100
-# 1 / sqrt(E[silu(z)^2]) under a unit normal z, on the 1,000,001-point normal-quantile grid of e3nn-jax. The released
-# weights need this constant: the one e3nn samples for torch differs from it in the third digit.
-SILU_NORM = 1.6765620560798837
 # What the kernels ask of the GPU, in PTX. test_kernels.py has the same in C++, and so runs all else on a CPU.
 HARDWARE = r"""
 typedef long long i64;
@@ -1462,6 +1460,8 @@ extern "C" __global__ void find_pairs(const Pairs A) {
 
 def node_source(muls_out, norm):
     """CUDA source of norm and gate for a layer of `muls_out` channels, the size of a row after it, and the number of weights."""
+    from model import SILU_NORM
+
     gates = sum(muls_out[1:])
     channels = [muls_out[0] + gates, *muls_out[1:]]
     v_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(channels)]]).tolist()
@@ -1797,7 +1797,7 @@ class Nodes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in "v vd w g gd out outd gw".split()] + [("n_atoms", ctypes.c_int)]
 
 
-class Kernels:
+class LayerKernels:
     """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
 
     def __init__(self, muls, muls_out, paths, lmax, width, n_basis, exact, norm, device):
@@ -2197,3 +2197,142 @@ class NormGate(torch.autograd.Function):
         name = f"norm_gate_back_{str(dual).lower()}"
         k.launch(name, (blocks, 1), fill(Nodes, v=v, w=weights, g=g, out=out, gw=gw, n_atoms=n, **tangents), 128)
         return None, None, out, gw.sum(0) if ctx.needs_input_grad[3] else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network of model.py, made of the operations above. A model here is a `Nequix`.
+
+
+@functools.lru_cache
+def layer_kernels(muls_in, muls_out, lmax, width, n_basis, exact, norm, device):
+    """The kernels of all layers of this shape."""
+    from model import clebsch_gordan, paths
+
+    couplings = paths(len(muls_in) - 1, lmax, len(muls_out) - 1)
+    couplings = [(l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy()) for l3, l1, l2 in couplings]
+    return LayerKernels(muls_in, muls_out, couplings, lmax, width, n_basis, exact, norm, device)
+
+
+def kernels_of(layer, model):
+    shape = layer.muls_in, layer.muls_out, layer.lmax, len(layer.radial[-1]), len(layer.radial[0])
+    return layer_kernels(*shape, not model.tf32, layer.norm is not None, layer.radial[0].device)
+
+
+def apply_layer(layer, k, x, conv, dual):
+    """A layer of model.py on flat features; `conv` is a convolution that lacks only x. dual: values and tangents."""
+    own = lambda weights: [w if dual else w.detach() for w in weights]  # only the tangent pass has gradients of weights
+    y = conv(Linear.apply(layer.muls_in, [layer.muls_in], x, *own(layer.linear_1)))
+    v = Linear.apply(layer.channels, [layer.muls_mid, layer.muls_in], y, x, *own([*layer.linear_2, *layer.skip]))
+    weights = torch.cat(own(layer.norm)) if layer.norm is not None else v.new_ones(sum(layer.channels))
+    return NormGate.apply(k, dual, v, weights)
+
+
+@dataclass
+class Kept:
+    """What `energy_tangent` needs of `atom_energies`."""
+
+    x: torch.Tensor  # input features
+    sh: torch.Tensor
+    basis: torch.Tensor
+    senders: torch.Tensor
+    row_ptr: torch.Tensor
+    layers: list  # of each layer: hidden, output of the convolution, gradient by its input. Room for tangents in the last two.
+
+
+def atom_energies(model, numbers, vectors, senders, row_ptr, keep=False):
+    """`Nequix.forward`, differentiable once, and by the vectors alone; and, if `keep`, what `energy_tangent` goes on from."""
+    config, x = model.config, torch.nn.functional.one_hot(model.species[numbers], len(model.e0)).float()
+    first = kernels_of(model.layers[0], model)
+    sh, basis, by_sh, by_r = Edges.apply(first, vectors, config["cutoff"], config["polynomial_p"])
+    gsh, gr = x.new_empty(by_sh.shape), x.new_empty(by_r.shape)
+    kept = Kept(x, sh, basis, senders, row_ptr, [])
+    for layer in model.layers:
+        k, (*inner, w3) = kernels_of(layer, model), [w.detach() for w in layer.radial]
+        radial = lambda edges, k=k, inner=inner: k.radial(basis[:, edges].contiguous(), inner)
+        hidden = radial(slice(None)) if keep or len(senders) < PIECE else None
+        out = gx = None
+        if keep:  # `energy_tangent` has values in their first half, tangents in the second
+            n = len(x)
+            kept.layers.append((hidden, x.new_empty(2 * n, k.shape.y_dim), x.new_zeros(2 * n, k.shape.x_dim)))
+            out, gx = kept.layers[-1][1][:n], kept.layers[-1][2][n:]
+        edges = (by_sh, by_r) if layer is model.layers[0] else (None, None)
+        w3, last = w3 * layer.avg_n_neighbors**-0.5, layer is model.layers[-1]
+        tensors = sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr, last
+        x = apply_layer(layer, k, x, lambda h: ForceConv.apply(k, h, *edges, *tensors), False)
+    energy = x @ (model.readout[0].detach() * len(model.readout[0]) ** -0.5)
+    return config["scale"] * energy.flatten().double() + config["shift"], kept
+
+
+def energy_tangent(model, vectors, direction, kept):
+    """Energies of the atoms (A,), and their derivatives along `direction` (E, 3) of the edge vectors (E, 3); both
+    differentiable by the weights."""
+    n, config = len(kept.x), model.config
+    along = edge_tangents(kernels_of(model.layers[0], model), vectors, direction)
+    geometry = kept.senders, kept.row_ptr, kept.sh, *along
+    x = torch.cat([kept.x, torch.zeros_like(kept.x)])
+    for layer, tensors in zip(model.layers, kept.layers):
+        k, (*inner, w3) = kernels_of(layer, model), layer.radial
+        w3 = w3 * layer.avg_n_neighbors**-0.5
+        x = apply_layer(layer, k, x, lambda h: DualConv.apply(k, geometry, kept.basis, *tensors, h, w3, *inner), True)
+    energy = config["scale"] * (x @ (model.readout[0] * len(model.readout[0]) ** -0.5)).flatten()
+    return energy[:n] + config["shift"], energy[n:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training step as a CUDA graph
+
+
+class Padded:
+    """A Batch (of data.py) with room to spare, into which others are copied; with the tensors that the loss reads. Atoms
+    beyond those of a batch have no edges and belong to the last structure. That structure, like all beyond those of the batch,
+    has no labels. Edges beyond those of the batch are outside row_ptr, and count for nothing."""
+
+    FIELDS = "numbers cell pbc n_atoms structure senders receivers row_ptr vectors energy forces stress".split()
+
+    def __init__(self, batch, room):
+        """room: atoms, edges and structures"""
+        atoms, edges, structures = room
+        rows = dict.fromkeys(self.FIELDS, structures) | dict.fromkeys(("senders", "receivers", "vectors"), edges)
+        rows |= dict.fromkeys(("numbers", "structure", "forces"), atoms) | dict(row_ptr=atoms + 1)
+        first = {k: getattr(batch, k)[:1] for k in self.FIELDS}
+        wide = {k: t.repeat(rows[k], *[1] * (t.ndim - 1)) for k, t in first.items()}
+        self.batch = replace(batch, positions=None, shifts=None, **wide)
+        self.fill(batch)
+
+    def fill(self, batch):
+        """False if there is no room."""
+        b, a, e, s = self.batch, len(batch.numbers), len(batch.senders), len(batch.cell)
+        if a > len(b.numbers) or e > len(b.senders) or s >= len(b.cell):
+            return False
+        new = [getattr(batch, k) for k in self.FIELDS]
+        torch._foreach_copy_([getattr(b, k)[: len(t)] for k, t in zip(self.FIELDS, new)], new)
+        b.row_ptr[a + 1 :], b.structure[a:] = e, len(b.cell) - 1
+        b.energy[s:], b.forces[a:], b.stress[s:] = torch.nan, torch.nan, torch.nan
+        return True
+
+
+class Replay:
+    """run(batch, counts), which adds to the tensor `sums`, as a CUDA graph: one launch in place of a thousand. The graph has
+    room for a tenth more than the largest batch so far. Batches with more edges than MOST run without it: the GPU is busy for
+    longer than Python takes to launch, and the graph's own memory would be in the way."""
+
+    MOST = 1_000_000
+
+    def __init__(self, run, sums):
+        self.run, self.sums, self.padded, self.room = run, sums, None, (0, 0, 0)
+
+    def __call__(self, batch, counts):
+        """counts: (3,) numpy"""
+        if not 0 < len(batch.senders) <= self.MOST:
+            return self.run(batch, counts)
+        if not (self.padded and self.padded.fill(batch)):
+            self.padded = self.graph = None  # frees its memory
+            sizes = len(batch.numbers), len(batch.senders), len(batch.cell)
+            room = [max(old, n + n // 10 + 1) for old, n in zip(self.room, sizes)]
+            self.room = 0, 0, 0  # if the memory does not suffice, what is tried next may be smaller
+            padded, self.counts, before = Padded(batch, room), batch.energy.new_ones(3), self.sums.clone()
+            self.graph, _ = capture(lambda: self.run(padded.batch, self.counts), batch.vectors.device)
+            self.sums.copy_(before)
+            self.padded, self.room = padded, room
+        self.counts.copy_(torch.from_numpy(counts), non_blocking=True)
+        self.graph.replay()

@@ -1,49 +1,55 @@
-"""Nequix: the model of "Training a Foundation Model for Materials on a Budget" (Koker, Kotak, Smidt 2025,
-arXiv:2508.16067), a simplified NequIP (Batzner et al. 2022) with an equivariant RMSNorm, in plain PyTorch.
+"""Nequix, the model of "Training a Foundation Model for Materials on a Budget" (Koker, Kotak, Smidt 2025, arXiv:2508.16067):
+a simplified NequIP (Batzner et al. 2022) with an equivariant RMSNorm, in plain PyTorch.
 
-    model = load("nequix-mp-1")                                 # released weights by name; .nqx files; our checkpoints
+    model = load("nequix-mp-1")                                   # released weights, an .nqx file, or a checkpoint of ours
     energy, forces, stress = energy_forces_stress(model, batch)   # a Batch of data.py
 
-Reads top to bottom as the paper does: radial basis, spherical harmonics, convolution, layer, model, derivatives, files.
+The equations, in the order of this file. h_i are the features of atom i, j runs over its neighbours within the cutoff, and
+r_ij = r_j - r_i. Weights W mix the channels of each degree l.
 
-Features are a list with one tensor per degree l, (A, 2l+1, mul_l): channels are last, so every linear map is one matrix
-product. Only natural parity (0e, 1o, 2e, 3o) occurs, so l names an irrep. Sizes: A atoms, E edges, S structures.
-The network runs in the dtype of its weights; edge vectors, radial basis, harmonics and the sums of energies and forces are
-float64 always: it costs nothing beside the network and takes most of the rounding error out of float32 forces.
+    (1)  B(r)   = sqrt-free Bessel functions x polynomial cutoff                         radial basis
+    (2)  Y(u)   = real spherical harmonics up to l = 3 of the unit vector u              angular basis
+    (3)  m_i    = 1/sqrt(n) sum_j MLP(B(r_ij)) * CG(W1 h_j, Y(u_ij))                     convolution
+    (4)  v_i    = W2 m_i + W3 h_i                                                        skip connection
+    (5)  v_i    = RMSNorm(v_i)                                                           normalization
+    (6)  h_i    = gate(v_i)                                                              nonlinearity
+    (7)  E      = sum_i scale * w h_i + shift + E0(species i)                            energy
+    (8)  F_i    = -dE/dr_i,  stress = 1/V dE/dstrain                                     forces and stress
+
+Features are a list with one tensor for each degree l, (A, 2l+1, mul_l). The channels come last, so every linear map is one
+matrix product. Only natural parity (0e, 1o, 2e, 3o) occurs, so l names an irrep. Sizes: A atoms, E edges, S structures.
+
+The network runs in the dtype of its weights. Edge vectors, radial basis, harmonics and the sums of energies and forces are
+always float64: this costs nothing beside the network and removes most of the rounding error of float32 forces.
 """
 
+import contextlib
 import functools
-import hashlib
-import http.client
 import json
 import math
 import os
-import re
-import urllib.request
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import one_hot, silu
 
-import kernels
-from kernels import SILU_NORM
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Edge embedding
+# (1) and (2): radial and angular basis
 
-# MKL chooses the code of a function when it is first called. If several threads do that at once, one of them may get code for
-# half the digits (github.com/pytorch/pytorch/issues/188792): so one does it here.
+# MKL picks the code of a function when it is first called. If several threads do that at once, one of them may get code with
+# half the digits (github.com/pytorch/pytorch/issues/188792). So call it once here, from one thread.
 torch.ones(1, dtype=torch.float64).sin()
 
 
 def radial_basis(r, cutoff, n_basis, p):
-    """Bessel functions times the polynomial cutoff (Gasteiger et al. 2020, eqs. 7 and 8), both zero from the cutoff on.
+    """Bessel functions times the polynomial cutoff (Gasteiger et al. 2020, eqs. 7 and 8); zero from the cutoff on.
 
     r: (E,) lengths in A -> (E, n_basis)
     """
-    # n pi is rounded to float32 as in the official code, also for float64: the exact value is 1e-6 eV/atom away from it.
+    # n pi is rounded to float32, as in the official code, even in float64. Exact values would shift energies by 1e-6 eV/atom.
     n_pi = (torch.arange(1, n_basis + 1, dtype=torch.float32, device=r.device) * math.pi).to(r.dtype)
     bessel = 2 / cutoff * torch.sin(n_pi / cutoff * r[:, None]) / r[:, None]
     x = (r / cutoff).clamp(max=1)
@@ -53,9 +59,9 @@ def radial_basis(r, cutoff, n_basis, p):
 
 def harmonics(u):
     """Real spherical harmonics of unit vectors up to l = 3, in e3nn's order (y is the polar axis) and component
-    normalisation: the squares of degree l sum to 2l+1.
+    normalization: the squares of degree l sum to 2l+1.
 
-    u: (P, 3) -> (P, 16)
+    u: (E, 3) -> (E, 16)
     """
     x, y, z = u.unbind(1)
     xz, d, r2 = x * z, z * z - x * x, 5 * y * y - 1
@@ -75,39 +81,35 @@ def monomials(u):
 
 
 @functools.lru_cache
-@torch.inference_mode(False)  # it is kept for others
+@torch.inference_mode(False)
 def harmonics_of_monomials(device):
-    """(40, 16) float64 of least norm: the harmonics as polynomials, one matrix product in place of 60 small kernels."""
-    u = torch.nn.functional.normalize(
-        torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    )
+    u = torch.nn.functional.normalize(torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     return (torch.linalg.pinv(monomials(u)) @ harmonics(u)).to(device)
 
 
 def spherical_harmonics(u, lmax):
-    """u: (E, 3) unit vectors, float64 -> (E, (lmax+1)^2)"""
     return monomials(u) @ harmonics_of_monomials(u.device)[:, : (lmax + 1) ** 2]
 
 
 @functools.lru_cache
 def clebsch_gordan(l1, l2, l3):
-    """Coupling of degrees l1 and l2 to l3, (2l1+1, 2l2+1, 2l3+1), float64, e3nn's `wigner_3j` times sqrt(2 l3+1).
+    """Coupling of degrees l1 and l2 to l3, (2l1+1, 2l2+1, 2l3+1), float64: e3nn's `wigner_3j` times sqrt(2 l3 + 1).
 
-    For natural parity (l1+l2+l3 even) these are the integrals of three harmonics over the sphere, up to the norm. The
-    quadrature is exact: 8 Gauss-Legendre points in y, 16 angles about it, for a polynomial of degree at most 9.
+    For natural parity (l1 + l2 + l3 even) these are integrals of three harmonics over the sphere, up to normalization. The
+    quadrature is exact: 8 Gauss-Legendre points in y and 16 angles around it, for a polynomial of degree 9 at most.
     """
     y, w = map(torch.from_numpy, np.polynomial.legendre.leggauss(8))
     phi = torch.arange(16, dtype=torch.float64) * (math.pi / 8)
     rho = (1 - y * y).sqrt()
     u = torch.stack(torch.broadcast_tensors(rho * phi.sin()[:, None], y, rho * phi.cos()[:, None]), -1).reshape(-1, 3)
     sh = harmonics(u).split([1, 3, 5, 7], 1)
-    c = torch.einsum("p,pi,pj,pk->ijk", w.repeat(16), sh[l1], sh[l2], sh[l3])
-    c[c.abs() < 1e-9] = 0
-    return c * math.sqrt(2 * l3 + 1) / c.norm()
+    cg = torch.einsum("p,pi,pj,pk->ijk", w.repeat(16), sh[l1], sh[l2], sh[l3])
+    cg[cg.abs() < 1e-9] = 0
+    return cg * math.sqrt(2 * l3 + 1) / cg.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Convolution: conv(x, sh, hidden, w3, senders, row_ptr) -> (A, sum over l of (2l+1) mul_mid_l)
+# (3): convolution. conv(x, sh, hidden, w3, senders, row_ptr) -> (A, sum over l of (2l+1) mul_mid_l)
 #
 #   out[i] = sum over edges e with receiver i of  (hidden_e w3) * CG(x[sender_e], sh_e)
 #
@@ -116,8 +118,8 @@ def clebsch_gordan(l1, l2, l3):
 #   hidden   (E, 64)                last hidden layer of the radial MLP                receiver; row_ptr[i]:row_ptr[i+1]
 #   w3       (64, W)                its output layer: one weight a path and channel    are those of receiver i
 #
-# The output has the same order; its channels at degree l are the paths into l, sorted by input l, then SH l. Everything
-# that computes this function may stand in its place: plain torch (the reference), OpenEquivariance, a fused kernel.
+# The output has the same order; its channels at degree l are the paths into l, sorted by input l, then SH l. There are three
+# functions of this kind: plain torch (the reference), OpenEquivariance (at the end of this file), and the fused kernels.
 
 
 def paths(l_in, lmax, l_out):
@@ -131,19 +133,10 @@ def paths(l_in, lmax, l_out):
     ]
 
 
-def receivers_of(row_ptr, n_edges):
-    return torch.repeat_interleave(row_ptr.diff(), output_size=n_edges)
-
-
 @functools.lru_cache
-@torch.inference_mode(False)  # it is kept for others
-def make_conv(kind, muls, lmax, l_out, dtype, device):
-    """The convolution for features of `muls` channels. kind: "torch", or "oeq" (CUDA, `pip install openequivariance`). What
-    "fused" runs is in kernels.py: there norm, gate and radial MLP belong to it, and `Nequix.fused` is built of them."""
-    return {"torch": torch_conv, "oeq": oeq_conv}[kind](muls, lmax, l_out, dtype, device)
-
-
+@torch.inference_mode(False)  # cached: must not be an inference tensor, training reuses it
 def torch_conv(muls, lmax, l_out, dtype, device):
+    """The convolution for features of `muls` channels, in plain torch; differentiable any number of times."""
     groups = {}  # (l3, l1) -> the l2: they share one batched product
     for l3, l1, l2 in paths(len(muls) - 1, lmax, l_out):
         groups.setdefault((l3, l1), []).append(l2)
@@ -156,9 +149,8 @@ def torch_conv(muls, lmax, l_out, dtype, device):
 
     def conv(x, sh, hidden, w3, senders, row_ptr):
         n_atoms, n_edges = len(x), len(senders)
-        receivers = receivers_of(row_ptr, n_edges)
-        x = [xl.view(n_atoms, 2 * l + 1, -1) for l, xl in enumerate(split_degrees(x, muls))]
-        x = [xl[senders] for xl in x]  # (E, 2l+1, mul)
+        receivers = torch.repeat_interleave(row_ptr.diff(), output_size=n_edges)
+        x = [xl.view(n_atoms, 2 * l + 1, -1)[senders] for l, xl in enumerate(split_degrees(x, muls))]  # (E, 2l+1, mul)
         weights = (hidden @ w3).split([muls[l1] * len(l2s) for (_, l1), l2s in groups.items()], 1)
         messages = [[] for _ in range(l_out + 1)]
         for w, ((l3, l1), l2s) in zip(weights, groups.items()):
@@ -171,87 +163,12 @@ def torch_conv(muls, lmax, l_out, dtype, device):
     return conv
 
 
-def oeq_conv(muls, lmax, l_out, dtype, device):
-    """OpenEquivariance (Bharadwaj et al. 2025), whose kernels gather, multiply and sum without per-edge messages."""
-    import openequivariance as oeq
-
-    ps = paths(len(muls) - 1, lmax, l_out)
-    parity = "eo"
-    real = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
-    problem = oeq.TPProblem(
-        "+".join(f"{mul}x{l}{parity[l % 2]}" for l, mul in enumerate(muls)),
-        "+".join(f"1x{l}{parity[l % 2]}" for l in range(lmax + 1)),
-        "+".join(f"{muls[l1]}x{l3}{parity[l3 % 2]}" for l3, l1, _ in ps),
-        [(l1, l2, i, "uvu", True) for i, (_, l1, l2) in enumerate(ps)],
-        shared_weights=False,
-        irrep_dtype=real,
-        weight_dtype=real,
-        layout="ir_mul",
-    )
-    kernel = oeq.TensorProductConv(problem, deterministic=False)
-    sizes = [(2 * l3 + 1) * muls[l1] for l3, l1, _ in ps]
-
-    def conv(x, sh, hidden, w3, senders, row_ptr):
-        if len(senders) == 0:
-            return x.new_zeros(len(x), sum(sizes))
-        out = kernel(x, sh, hidden @ w3, receivers_of(row_ptr, len(senders)), senders).split(sizes, 1)
-        out = [o.view(len(x), 2 * l3 + 1, muls[l1]) for o, (l3, l1, _) in zip(out, ps)]
-        by_degree = [[o for o, (l3, _, _) in zip(out, ps) if l3 == l] for l in range(l_out + 1)]
-        return torch.cat([torch.cat(o, 2).flatten(1) for o in by_degree], 1)
-
-    return conv
-
-
-@functools.lru_cache
-def fused_kernels(muls_in, muls_out, lmax, width, n_basis, exact, norm, device):
-    ps = [
-        (l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy())
-        for l3, l1, l2 in paths(len(muls_in) - 1, lmax, len(muls_out) - 1)
-    ]
-    return kernels.Kernels(muls_in, muls_out, ps, lmax, width, n_basis, exact, norm, device)
-
-
-@functools.lru_cache
-def oeq_error():
-    """None if OpenEquivariance works here, else why not."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        from openequivariance import BUILT_EXTENSION, BUILT_EXTENSION_ERROR
-    except (ImportError, AssertionError) as e:
-        return str(e)
-    return None if BUILT_EXTENSION else str(BUILT_EXTENSION_ERROR)
-
-
-def choose_conv(kind, device, dtype=torch.float32, config=None):
-    """ "auto" -> the fastest convolution that works on `device`, for networks of `dtype` and `config` (default: the paper's).
-
-    The fused kernels have no float64, and their sums no fixed order; where float64 or, of torch, deterministic algorithms are
-    wanted, plain torch stands in. Raises ValueError if the one asked for does not work.
-    """
-    on_cuda = torch.device(device).type == "cuda"
-    config = {**Nequix.DEFAULTS, **(config or {})}
-    paper = config["radial_size"] == 64 and config["radial_layers"] == 2
-    fits = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0) and paper
-    if kind in ("auto", "fused") and torch.are_deterministic_algorithms_enabled():
-        return "torch"
-    if kind == "auto":
-        return "fused" if fits and dtype == torch.float32 else "oeq" if on_cuda and oeq_error() is None else "torch"
-    if kind == "oeq" and (oeq_error() or not on_cuda):
-        raise ValueError(f"--conv oeq does not work here ({oeq_error() or 'the model is not on a CUDA device'})")
-    if kind == "fused" and not fits:
-        raise ValueError(
-            "--conv fused needs a CUDA device of compute capability 8.0 and a radial MLP of 2 layers of 64"
-        )
-    return "torch" if kind == "fused" and dtype == torch.float64 else kind
+def split_degrees(x, muls):
+    return x.split([(2 * l + 1) * mul for l, mul in enumerate(muls)], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Layer
-
-
-def split_degrees(x, muls):
-    return x.split([(2 * l + 1) * mul for l, mul in enumerate(muls)], 1)
+# (3) to (6): a layer
 
 
 def linear(xs, weights):
@@ -264,112 +181,90 @@ def randn(*shape):
 
 
 class Layer(nn.Module):
-    """linear_1 -> convolution / sqrt(avg_n_neighbors) -> linear_2 + skip -> RMSNorm -> gate."""
+    """Features of `muls_in` channels -> features of `muls_out` channels."""
 
     def __init__(self, muls_in, muls_out, config):
         super().__init__()
-        self.muls_in, self.lmax, self.l_out = tuple(muls_in), config["lmax"], len(muls_out) - 1
+        self.muls_in, self.muls_out, self.lmax = tuple(muls_in), tuple(muls_out), config["lmax"]
         self.avg_n_neighbors = config["avg_n_neighbors"]
         mid = [0] * len(muls_out)
-        for l3, l1, _ in paths(len(muls_in) - 1, self.lmax, self.l_out):
+        for l3, l1, _ in paths(len(muls_in) - 1, self.lmax, len(muls_out) - 1):
             mid[l3] += muls_in[l1]
-        self.muls_mid, self.muls_out, self.scalars = tuple(mid), tuple(muls_out), muls_out[0]
-        muls_out = [muls_out[0] + sum(muls_out[1:]), *muls_out[1:]]  # one gate for each channel with l > 0
-        self.channels = tuple(muls_out)
+        self.muls_mid = tuple(mid)
+        self.channels = (muls_out[0] + sum(muls_out[1:]), *muls_out[1:])  # before the gate: one more 0e for each l > 0
 
         sizes = [config["n_basis"], *[config["radial_size"]] * config["radial_layers"]]
         self.radial = nn.ParameterList(randn(i, o) for i, o in zip(sizes, [*sizes[1:], sum(mid)]))
         for i, w in enumerate(self.radial):  # the variance 4/fan_in makes up for SiLU; the last layer has none
             w.data *= math.sqrt((4 if i < len(self.radial) - 1 else 1) / w.shape[0])
         self.linear_1 = nn.ParameterList(randn(m, m) for m in muls_in)
-        self.linear_2 = nn.ParameterList(randn(i, o) for i, o in zip(mid, muls_out))
-        self.skip = nn.ParameterList(randn(i, o) for i, o in zip(muls_in, muls_out))
-        self.norm = nn.ParameterList(nn.Parameter(torch.ones(m)) for m in muls_out) if config["norm"] else None
+        self.linear_2 = nn.ParameterList(randn(i, o) for i, o in zip(mid, self.channels))
+        self.skip = nn.ParameterList(randn(i, o) for i, o in zip(muls_in, self.channels))
+        self.norm = nn.ParameterList(nn.Parameter(torch.ones(m)) for m in self.channels) if config["norm"] else None
 
-    def fused(self, x, conv, dual):
-        """The layer by the operations of kernels.py: flat features, and `conv`, a convolution with all but x in it."""
-        own = lambda weights: [
-            w if dual else w.detach() for w in weights
-        ]  # only the tangent pass has gradients by weights
-        y = conv(kernels.Linear.apply(self.muls_in, [self.muls_in], x, *own(self.linear_1)))
-        v = kernels.Linear.apply(self.channels, [self.muls_mid, self.muls_in], y, x, *own([*self.linear_2, *self.skip]))
-        weights = torch.cat(own(self.norm)) if self.norm is not None else v.new_ones(sum(self.channels))
-        return kernels.NormGate.apply(self.kernels(), dual, v, weights)
-
-    def kernels(self):
-        exact = torch.get_float32_matmul_precision() == "highest"
-        width, n_basis, device = len(self.radial[-1]), len(self.radial[0]), self.radial[0].device
-        return fused_kernels(
-            self.muls_in, self.muls_out, self.lmax, width, n_basis, exact, self.norm is not None, device
-        )
-
-    def forward(self, xs, sh, basis, senders, row_ptr, conv_kind):
-        h, (*inner, w3) = basis, self.radial
+    def forward(self, hs, sh, basis, senders, row_ptr, make_conv):
+        hidden, (*inner, w3) = basis, self.radial
         for w in inner:
-            h = silu(h @ w)  # (E, 64)
-        conv = make_conv(conv_kind, self.muls_in, self.lmax, self.l_out, sh.dtype, sh.device)
-        x = torch.cat([x.flatten(1) for x in linear(xs, self.linear_1)], 1)
-        x = conv(x, sh, h, w3 * self.avg_n_neighbors**-0.5, senders, row_ptr)
+            hidden = silu(hidden @ w)  # (E, 64)
+        conv = make_conv(self.muls_in, self.lmax, len(self.muls_out) - 1, sh.dtype, sh.device)
+        x = torch.cat([x.flatten(1) for x in linear(hs, self.linear_1)], 1)
+        x = conv(x, sh, hidden, w3 * self.avg_n_neighbors**-0.5, senders, row_ptr)  # (3)
         x = [m.reshape(len(m), 2 * l + 1, -1) for l, m in enumerate(split_degrees(x, self.muls_mid))]
-        x, skip = linear(x, self.linear_2), linear(xs, self.skip)
-        x = [a + skip[l] if l < len(skip) else a for l, a in enumerate(x)]
+        x, skip = linear(x, self.linear_2), linear(hs, self.skip)
+        x = [a + skip[l] if l < len(skip) else a for l, a in enumerate(x)]  # (4)
         if self.norm is not None:
-            x = rms_norm(x, self.norm)
-        return gate(x, self.scalars)
+            x = rms_norm(x, self.norm)  # (5)
+        return gate(x, self.muls_out[0])  # (6)
 
 
 def rms_norm(xs, weights):
-    """Equivariant RMSNorm without centring, one weight a channel.
+    """Equivariant RMSNorm without centring, one weight for each channel.
 
-    As the official code has it, and the released weights need it: each degree is weighted by 1/(2l+1)^2, then the sum
-    runs over channels and the mean over degrees. (eSEN's norm, which it follows, averages over channels.)
+    As in the official code, which the released weights need: the sum runs over channels, the mean over degrees, and degree l
+    is weighted by 1/(2l+1)^2. (The norm of eSEN, on which it is based, averages over channels.)
     """
     square = sum(x.square().sum((1, 2)) / (2 * l + 1) ** 2 for l, x in enumerate(xs)) / len(xs)  # (A,)
     inverse = torch.rsqrt(square + 1e-12)[:, None, None]
     return [x * inverse * w for x, w in zip(xs, weights)]
 
 
+# 1 / sqrt(E[silu(z)^2]) for a unit normal z, on e3nn-jax' grid of 1,000,001 normal quantiles. The released weights need this
+# value: the one that e3nn samples for torch differs in the third digit.
+SILU_NORM = 1.6765620560798837
+
+
 def gate(xs, n_scalars):
-    """Scalars through SiLU; the other channels times SiLU of the scalars that follow (Weiler et al. 2018)."""
+    """SiLU of the scalars; the other channels times SiLU of one extra scalar each (Weiler et al. 2018)."""
     act = SILU_NORM * silu(xs[0])
     scalars, *gates = act.split([n_scalars, *[x.shape[2] for x in xs[1:]]], 2)
     return [scalars, *[x * g for x, g in zip(xs[1:], gates)]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model
+# (7): the network
 
 
 def parse_hidden(text):
     """ "128x0e+64x1o+32x2e+32x3o" -> [128, 64, 32, 32]. Raises ValueError for anything but l = 0, 1, ... in order."""
-    terms = [re.fullmatch(r"(\d+)x(\d)([eo])", t.strip()) for t in text.split("+")]
-    if not all(terms) or [int(t[2]) for t in terms] != list(range(len(terms))) or len(terms) > 4:
-        raise ValueError(f'hidden irreps are "128x0e+64x1o+32x2e+32x3o" or a shorter such list, not "{text}"')
-    if any(t[3] != "eo"[int(t[2]) % 2] or int(t[1]) == 0 for t in terms):
-        raise ValueError(f'hidden irreps must have natural parity (0e, 1o, 2e, 3o) and channels, not "{text}"')
-    return [int(t[1]) for t in terms]
+    muls, _, irreps = zip(*(term.strip().partition("x") for term in text.split("+")))
+    if irreps != ("0e", "1o", "2e", "3o")[: len(irreps)] or not all(m.isdigit() and int(m) for m in muls):
+        raise ValueError(f'hidden irreps are "128x0e+64x1o+32x2e+32x3o" or a shorter list like it, not "{text}"')
+    return [int(m) for m in muls]
 
 
 class Nequix(nn.Module):
-    """config: atomic_numbers (the species, in order) and atom_energies (E0, eV, one a species); avg_n_neighbors, scale
-    (eV/A), shift (eV), as DataSet statistics of data.py; and the keys of DEFAULTS. Raises ValueError for a bad one."""
+    """config: atomic_numbers (the species, in order) and atom_energies (E0, eV, one for each species); avg_n_neighbors, scale
+    (eV/A) and shift (eV), as from `PackedSet.statistics()`; and the keys of DEFAULTS. conv: see `choose_conv`. tf32: float32
+    products on CUDA in TF32. Raises ValueError for a bad configuration.
+    """
 
-    DEFAULTS = dict(
-        cutoff=6.0,  # A
-        hidden="128x0e+64x1o+32x2e+32x3o",
-        lmax=3,
-        layers=4,
-        n_basis=8,
-        radial_size=64,
-        radial_layers=2,
-        polynomial_p=6.0,
-        norm=True,
-    )
+    DEFAULTS = dict(cutoff=6.0, hidden="128x0e+64x1o+32x2e+32x3o", lmax=3, layers=4)  # Table A.1; the cutoff in A
+    DEFAULTS |= dict(n_basis=8, radial_size=64, radial_layers=2, polynomial_p=6.0, norm=True)
 
-    def __init__(self, config, conv="auto"):
+    def __init__(self, config, conv="auto", tf32=False):
         super().__init__()
         self.config = config = {**self.DEFAULTS, **config}
-        self.conv = conv
+        self.conv, self.tf32 = conv, tf32
         hidden = parse_hidden(config["hidden"])
         if not len(hidden) - 1 <= config["lmax"] <= 3:
             raise ValueError(f"lmax {config['lmax']} must lie between the highest hidden l, {len(hidden) - 1}, and 3")
@@ -378,7 +273,7 @@ class Nequix(nn.Module):
         n_species = len(config["atomic_numbers"])
         if len(config["atom_energies"]) != n_species or not all(0 < z < 119 for z in config["atomic_numbers"]):
             raise ValueError("a model needs an energy for each of its atomic numbers, and these between 1 and 118")
-        muls = [[n_species], *[hidden] * (config["layers"] - 1), hidden[:1]]
+        muls = [[n_species], *[hidden] * (config["layers"] - 1), hidden[:1]]  # the last layer keeps scalars only
         self.layers = nn.ModuleList(Layer(i, o, config) for i, o in zip(muls, muls[1:]))
         self.readout = nn.ParameterList([randn(hidden[0], 1)])
         species = torch.full((119,), -1)
@@ -389,106 +284,80 @@ class Nequix(nn.Module):
     def _apply(self, fn, recurse=True):
         e0 = self.e0
         super()._apply(fn, recurse)
-        self.e0 = e0.to(self.e0.device)  # reference energies and sums of energies stay in float64
+        self.e0 = e0.to(self.e0.device)  # E0s stay in float64
         return self
+
+    @property
+    def precision(self):
+        """ "float64", "tf32" or "float32" """
+        return "float64" if self.readout[0].dtype == torch.float64 else "tf32" if self.tf32 else "float32"
 
     def chosen_conv(self):
         return choose_conv(self.conv, self.e0.device, self.readout[0].dtype, self.config)
 
-    def fused(self, numbers, vectors, senders, row_ptr, keep=False):
-        """`forward` by fused kernels, differentiable once, and by the vectors alone; and, to keep, what `fused_tangent` goes
-        on from."""
-        c, x = self.config, one_hot(self.species[numbers], len(self.e0)).float()
-        k = self.layers[0].kernels()
-        sh, basis, by_sh, by_r = kernels.Edges.apply(k, vectors, c["cutoff"], c["polynomial_p"])
-        gsh, gr = x.new_empty(by_sh.shape), x.new_empty(by_r.shape)
-        state = x, sh, basis, senders, row_ptr, []
-        for layer in self.layers:
-            k, (*inner, w3) = layer.kernels(), [w.detach() for w in layer.radial]
-            radial = lambda edges, k=k, inner=inner: k.radial(basis[:, edges].contiguous(), inner)
-            hidden = radial(slice(None)) if keep or len(senders) < kernels.PIECE else None
-            out = gx = None
-            if keep:  # those of `fused_tangent` hold values, then tangents
-                n = len(x)
-                state[-1].append((hidden, x.new_empty(2 * n, k.shape.y_dim), x.new_zeros(2 * n, k.shape.x_dim)))
-                out, gx = state[-1][-1][1][:n], state[-1][-1][2][n:]
-            edges = (by_sh, by_r) if layer is self.layers[0] else (None, None)
-            tensors = (
-                sh,
-                radial,
-                hidden,
-                w3 * layer.avg_n_neighbors**-0.5,
-                senders,
-                row_ptr,
-                out,
-                gx,
-                gsh,
-                gr,
-                layer is self.layers[-1],
-            )
-            x = layer.fused(x, lambda h: kernels.ForceConv.apply(k, h, *edges, *tensors), False)
-        energy = x @ (self.readout[0].detach() * len(self.readout[0]) ** -0.5)
-        return c["scale"] * energy.flatten().double() + c["shift"], state
-
-    def fused_tangent(self, vectors, vectors_d, state):
-        """Energies of the atoms, and their derivative along vectors_d (E, 3), differentiable by the weights."""
-        first, sh, basis, senders, row_ptr, saved = state
-        geometry = senders, row_ptr, sh, *kernels.edge_tangents(self.layers[0].kernels(), vectors, vectors_d)
-        x = torch.cat([first, torch.zeros_like(first)])
-        for layer, tensors in zip(self.layers, saved):
-            k, (*inner, w3) = layer.kernels(), layer.radial
-            w3 = w3 * layer.avg_n_neighbors**-0.5
-            x = layer.fused(x, lambda h: kernels.DualConv.apply(k, geometry, basis, *tensors, h, w3, *inner), True)
-        energy = self.config["scale"] * (x @ (self.readout[0] * len(self.readout[0]) ** -0.5)).flatten()
-        return energy[: len(first)] + self.config["shift"], energy[len(first) :]
-
     def forward(self, numbers, vectors, senders, row_ptr):
         """Energy of each atom, eV, (A,) float64, without E0.
 
-        numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv. With fused
-        kernels (the default on CUDA) differentiable by the vectors alone; train.loss_and_gradient has the weights' gradients.
+        numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv. The
+        fused kernels (the default on CUDA) are differentiable once, and by the vectors alone: train.loss_and_gradient has the
+        gradients of the weights.
         """
-        c = self.config
-        conv = self.chosen_conv()
-        if conv == "fused":
-            return self.fused(numbers, vectors, senders, row_ptr)[0]
-        dtype = self.readout[0].dtype
-        r = torch.linalg.vector_norm(vectors, dim=1)
-        basis = radial_basis(r, c["cutoff"], c["n_basis"], c["polynomial_p"]).to(dtype)  # (E, 8)
-        sh = spherical_harmonics(vectors / r[:, None], c["lmax"]).to(dtype)  # (E, 16)
-        x = [one_hot(self.species[numbers], len(self.e0)).to(dtype)[:, None]]  # (A, 1, species)
-        for layer in self.layers:
-            x = layer(x, sh, basis, senders, row_ptr, conv)
-        energy = linear(x, self.readout)[0].flatten()
-        return c["scale"] * energy.double() + c["shift"]
+        config, conv = self.config, self.chosen_conv()
+        with dense_products(self.tf32):
+            if conv == "fused":
+                import kernels
+
+                return kernels.atom_energies(self, numbers, vectors, senders, row_ptr)[0]
+            dtype = self.readout[0].dtype
+            r = torch.linalg.vector_norm(vectors, dim=1)
+            basis = radial_basis(r, config["cutoff"], config["n_basis"], config["polynomial_p"]).to(dtype)  # (E, 8)
+            sh = spherical_harmonics(vectors / r[:, None], config["lmax"]).to(dtype)  # (E, 16)
+            hs = [one_hot(self.species[numbers], len(self.e0)).to(dtype)[:, None]]  # (A, 1, species)
+            for layer in self.layers:
+                hs = layer(hs, sh, basis, senders, row_ptr, {"torch": torch_conv, "oeq": oeq_conv}[conv])
+            return config["scale"] * linear(hs, self.readout)[0].flatten().double() + config["shift"]
+
+
+@contextlib.contextmanager
+def dense_products(tf32):
+    """Dense float32 products on CUDA in TF32, or exact. torch has one switch for the whole process: it is set for a block
+    only, so that the precision of a model is its own."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("high" if before == "tf32" else "highest")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# (8): forces and stress
 
 
 def energy_forces_stress(model, batch, create_graph=False):
     """E (S,) eV, F = -dE/dr (A, 3) eV/A, stress = (1/V) dE/dstrain (S, 3, 3) eV/A^3 (positive: tensile; NaN where the
     cell is not periodic in three directions); all float64.
 
-    The energy depends on positions and cell through the edge vectors alone, so one backward gives all: the sums of
+    The energy depends on positions and cell through the edge vectors alone, so one backward gives everything: the sums of
     dE/dvector over the edges of an atom, and of the products vector x dE/dvector over those of a structure.
     create_graph: keep the graph, to train on forces and stress. Raises ValueError if that is asked of the fused kernels.
     """
     if create_graph and model.chosen_conv() == "fused":
-        raise ValueError(
-            "the fused kernels are differentiable once: take conv torch or oeq, or train.loss_and_gradient"
-        )
+        raise ValueError("the fused kernels have no second derivative: use conv='torch' or train.loss_and_gradient")
     vectors = batch.vectors.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), dense_products(model.tf32):
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)
         total = atom_energy.sum()
-        if not len(vectors):  # on which it depends all the same
+        if not len(vectors):  # no edges: keep `vectors` in the graph so that grad() works
             total = total + vectors.sum()
-    (g,) = torch.autograd.grad(total, vectors, create_graph=create_graph)
+        (g,) = torch.autograd.grad(total, vectors, create_graph=create_graph)
     if not create_graph:
         atom_energy = atom_energy.detach()
     return assemble(model, batch, atom_energy, g)
 
 
 def assemble(model, batch, atom_energy, g):
-    """Energies, forces and stresses from the atoms' energies and g = dE/dvector (E, 3)."""
+    """Energies, forces and stresses from the energies of the atoms (A,) and g = dE/dvector (E, 3)."""
     n_atoms, n_structures = len(batch.numbers), len(batch.cell)
     energy = atom_energy + model.e0[model.species[batch.numbers]]
     energy = g.new_zeros(n_structures).index_add(0, batch.structure, energy)
@@ -507,67 +376,46 @@ def assemble(model, batch, atom_energy, g):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
+CONV_HELP = "convolution: fused CUDA kernels, OpenEquivariance or plain torch; auto takes the fastest that works here"
+PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "float64": (torch.float64, False)}
+RELEASE, LATER = "7c2854de8e754b1a60274c7d9d2e014989ed632e", "9c852a9c4cce69ae5e75bc5a2cf670be21ff8c28"
+RELEASED = {  # name: commit of github.com/atomicarchitects/nequix, sha256
+    "nequix-mp-1": (RELEASE, "1647af8e627e1afa11e2bfadeab0797326513a521afd7dd01606a96f56783eee"),
+    "nequix-mp-1-pft": (RELEASE, "a88aeaed71fd447572dc57af21d469207d7737b85a6dbb66f8c38156f175c5f1"),
+    "nequix-oam-1": (LATER, "6a43475eaeb32a7a049f36c1306d78aa1e7a17e8af37aeda7901c8fec0ca845c"),
+}
+
 
 def save(path, model):
-    """Write weights and configuration; the file appears whole or not at all."""
+    """Write weights and configuration. The file appears whole or not at all."""
     data = {"format": "modded-nequix", "config": model.config, "weights": model.state_dict()}
     torch.save(data, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
-RELEASED = {  # name: commit of github.com/atomicarchitects/nequix, sha256 of its models/<name>.nqx
-    "nequix-mp-1": (
-        "7c2854de8e754b1a60274c7d9d2e014989ed632e",
-        "1647af8e627e1afa11e2bfadeab0797326513a521afd7dd01606a96f56783eee",
-    ),
-    "nequix-mp-1-pft": (
-        "7c2854de8e754b1a60274c7d9d2e014989ed632e",
-        "a88aeaed71fd447572dc57af21d469207d7737b85a6dbb66f8c38156f175c5f1",
-    ),
-    "nequix-oam-1": (
-        "9c852a9c4cce69ae5e75bc5a2cf670be21ff8c28",
-        "6a43475eaeb32a7a049f36c1306d78aa1e7a17e8af37aeda7901c8fec0ca845c",
-    ),
-}
-
-
 def released(name):
-    """The path of released weights in the cache, downloaded if they are not there yet. Raises OSError or ValueError."""
+    """Path of released weights in the user's cache; downloaded if they are not there. Raises OSError with a one-line reason."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modded-nequix" / f"{name}.nqx"
     commit, sha256 = RELEASED[name]
     url = f"https://github.com/atomicarchitects/nequix/raw/{commit}/models/{name}.nqx"
-    path = kernels.cache_folder() / f"{name}.nqx"
     if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may come here at once
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=60) as reply:
-                content = reply.read()
-            check_sha256(content, sha256, url)
-            part.write_bytes(content)
-            os.replace(part, path)
-        except (OSError, http.client.HTTPException) as e:
-            raise OSError(
-                f"cannot fetch {name} ({e}): get {url} on a machine with network and put it at {path}"
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
-    check_sha256(path.read_bytes(), sha256, f"{path} (delete it and try again)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:  # writes beside the path, checks the hash, then renames
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except (OSError, RuntimeError) as e:
+            raise OSError(f"cannot fetch {name} ({e}): get {url} on a machine with network, put it at {path}") from None
     return path
 
 
-def check_sha256(content, expected, what):
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ValueError(f"the sha256 should be {expected}, but is {found}: {what}")
+def load(path, device="cpu", precision="float32", conv="auto"):
+    """A model for inference (its weights take no gradients) from a checkpoint of ours, an official `.nqx` file, or a name in
+    RELEASED, which is downloaded once. precision: "float32", "tf32" or "float64".
 
-
-def load(path, device="cpu", dtype=torch.float32, conv="auto"):
-    """A model from our checkpoint, an official `.nqx` file, or a name in RELEASED (downloaded once), in evaluation form
-    (no gradients for the weights).
-
-    Raises OSError if there is no such file, or ValueError with a one-line reason for one that is neither, damaged or not
-    supported.
+    Raises OSError if there is no such file, or ValueError with a one-line reason if it is damaged or not supported.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision}")
+    dtype, tf32 = PRECISIONS[precision]
     if not os.path.isfile(path):
         if str(path) not in RELEASED:
             raise FileNotFoundError(f"no weights at {path}; the released ones are {', '.join(RELEASED)}")
@@ -575,45 +423,37 @@ def load(path, device="cpu", dtype=torch.float32, conv="auto"):
     with open(path, "rb") as f:
         first = f.read(1)
     if first == b"{":
-        model = load_nqx(path, conv)
+        model = load_nqx(path)
     elif zipfile.is_zipfile(path):
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(data, dict) or data.get("format") != "modded-nequix":
                 raise ValueError("another program's file, or a training state; model.pt holds the weights")
-            model = Nequix(data["config"], conv)
+            model = Nequix(data["config"])
             model.load_state_dict(data["weights"])
         except Exception as e:  # torch raises many kinds on a damaged file
             raise ValueError(f"{path} is not a modded-nequix checkpoint: {str(e).splitlines()[0]}") from None
     else:
         raise ValueError(f"{path} is neither a modded-nequix checkpoint nor an .nqx file (empty or damaged?)")
+    model.conv, model.tf32 = conv, tf32
     return model.to(device, dtype).requires_grad_(False)
 
 
-def load_nqx(path, conv):
+def load_nqx(path):
     """The official format: a line of JSON, then the leaves of the model's tree in order as consecutive .npy arrays: E0,
-    then by layer radial MLP, linear_1, linear_2, skip, norm, then the readout. What follows is ignored."""
+    then for each layer radial MLP, linear_1, linear_2, skip, norm, then the readout. What follows is ignored."""
     try:
         with open(path, "rb") as f:
-            h = json.loads(f.readline())
-            if h["index_weights"] or h.get("add_repulsion"):
+            header = json.loads(f.readline())
+            if header["index_weights"] or header.get("add_repulsion"):
                 raise ValueError("species-indexed weights and pair repulsion are not supported")
             e0 = np.load(f, allow_pickle=False)
-            config = dict(
-                cutoff=h["cutoff"],
-                hidden=h["hidden_irreps"].replace(" ", ""),
-                lmax=h["lmax"],
-                layers=h["n_layers"],
-                n_basis=h["radial_basis_size"],
-                radial_size=h["radial_mlp_size"],
-                radial_layers=h["radial_mlp_layers"],
-                polynomial_p=h["radial_polynomial_p"],
-                norm=h["layer_norm"],
-                atomic_numbers=sorted(h["atomic_numbers"]),
-                atom_energies=e0.astype(float).tolist(),
-                **{k: h[k] for k in ("avg_n_neighbors", "scale", "shift")},
-            )
-            model = Nequix(config, conv)
+            theirs = "cutoff hidden_irreps lmax n_layers radial_basis_size radial_mlp_size radial_mlp_layers"
+            theirs = f"{theirs} radial_polynomial_p layer_norm avg_n_neighbors scale shift".split()
+            config = dict(zip([*Nequix.DEFAULTS, "avg_n_neighbors", "scale", "shift"], map(header.__getitem__, theirs)))
+            config["hidden"] = config["hidden"].replace(" ", "")
+            config |= dict(atomic_numbers=sorted(header["atomic_numbers"]), atom_energies=e0.astype(float).tolist())
+            model = Nequix(config)
             for name, p in model.named_parameters():
                 w = np.load(f, allow_pickle=False)
                 if w.shape != tuple(p.shape):
@@ -624,3 +464,71 @@ def load_nqx(path, conv):
     except (ValueError, EOFError, OSError) as e:
         raise ValueError(f"{path} is not a whole Nequix file: {str(e).splitlines()[0]}") from None
     return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice of a convolution, and that of OpenEquivariance
+
+
+def choose_conv(kind, device, dtype=torch.float32, config=None):
+    """The convolution that runs for networks of `dtype` and `config` (default: the paper's) on `device`; "auto" takes the
+    fastest that works. Raises ValueError if the one that was asked for does not work here."""
+    config = {**Nequix.DEFAULTS, **(config or {})}
+    for choice in ("fused", "oeq", "torch") if kind == "auto" else (kind,):
+        why_not = None
+        if choice != "torch" and torch.device(device).type != "cuda":
+            why_not = "it needs a CUDA device"
+        elif choice == "oeq":
+            why_not = oeq_error()
+        elif choice == "fused" and torch.cuda.get_device_capability(device) < (8, 0):
+            why_not = "it needs a GPU of compute capability 8.0"
+        elif choice == "fused" and (
+            dtype != torch.float32 or (config["radial_size"], config["radial_layers"]) != (64, 2)
+        ):
+            why_not = "it needs float32 or TF32, and a radial MLP of 2 layers of 64"
+        elif choice == "fused" and torch.are_deterministic_algorithms_enabled():
+            why_not = "its sums have no fixed order, and torch's deterministic algorithms are on"
+        if why_not is None:
+            return choice
+    raise ValueError(f"--conv {kind} does not work here: {why_not}")
+
+
+@functools.lru_cache
+def oeq_error():
+    """None if OpenEquivariance works here, else why not."""
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device"
+    try:
+        from openequivariance import BUILT_EXTENSION, BUILT_EXTENSION_ERROR
+    except (ImportError, AssertionError) as e:
+        return str(e)
+    return None if BUILT_EXTENSION else str(BUILT_EXTENSION_ERROR)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def oeq_conv(muls, lmax, l_out, dtype, device):
+    """OpenEquivariance (Bharadwaj et al. 2025): kernels that gather, multiply and sum without messages in memory."""
+    import openequivariance as oeq
+
+    path_list = paths(len(muls) - 1, lmax, l_out)
+    irreps = lambda terms: "+".join(f"{mul}x{l}{'eo'[l % 2]}" for mul, l in terms)
+    features, spherical = irreps((mul, l) for l, mul in enumerate(muls)), irreps((1, l) for l in range(lmax + 1))
+    out_irreps = irreps((muls[l1], l3) for l3, l1, _ in path_list)
+    instructions = [(l1, l2, i, "uvu", True) for i, (_, l1, l2) in enumerate(path_list)]
+    real = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    options = dict(shared_weights=False, irrep_dtype=real, weight_dtype=real, layout="ir_mul")
+    problem = oeq.TPProblem(features, spherical, out_irreps, instructions, **options)
+    kernel = oeq.TensorProductConv(problem, deterministic=False)
+    sizes = [(2 * l3 + 1) * muls[l1] for l3, l1, _ in path_list]
+
+    def conv(x, sh, hidden, w3, senders, row_ptr):
+        if len(senders) == 0:
+            return x.new_zeros(len(x), sum(sizes))
+        receivers = torch.repeat_interleave(row_ptr.diff(), output_size=len(senders))
+        out = kernel(x, sh, hidden @ w3, receivers, senders).split(sizes, 1)
+        out = [o.view(len(x), 2 * l3 + 1, muls[l1]) for o, (l3, l1, _) in zip(out, path_list)]
+        by_degree = [[o for o, (l3, _, _) in zip(out, path_list) if l3 == l] for l in range(l_out + 1)]
+        return torch.cat([torch.cat(o, 2).flatten(1) for o in by_degree], 1)
+
+    return conv

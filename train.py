@@ -1,16 +1,16 @@
-"""Train Nequix. One script, one loop, one clock; the same step on a CPU, one GPU or many.
+"""Train Nequix: one script, one loop, one clock. A CPU, one GPU and many GPUs take the same steps.
 
-    python train.py                                                     # data/mptrj if it is packed, else data/sample
-    torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32       # the same global batch, dealt to two GPUs
+    python train.py                                                    # data/mptrj if it is packed, else data/sample
+    torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32      # the same batch, shared by two GPUs
     python train.py --validate nequix-mp-1 --data data/mptrj --frames 200
-    python train.py --init nequix-mp-1 --refit-e0 --data data/mine --lr 5e-3 --epochs 10     # fine-tuning
+    python train.py --init nequix-mp-1 --refit-e0 --data data/mine --lr 5e-3 --epochs 10      # fine-tuning
 
-Rerunning a command resumes its run exactly; Ctrl-C and SIGTERM save first. The defaults are Table A.1 of the paper, with
-Muon in the form of optax, which trained nequix-mp-1. Results: --out/log.txt, model.pt (EMA weights), curve.png.
+The defaults are Table A.1 of the paper. Rerun a command to resume its run, exactly, from the last checkpoint.
+Written to --out: log.txt, model.pt (averaged weights), curve.png, and state.pt (the checkpoint).
 """
 
 import argparse
-import functools
+import contextlib
 import hashlib
 import math
 import os
@@ -20,12 +20,10 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,123 +32,107 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import kernels
 import model as nequix
-from data import Batch, PackedSet, deal, micro_batches, prefetch, step_indices
-from model import Nequix, energy_forces_stress
+from data import PackedSet, deal, micro_batches, prefetch, step_indices
+from model import Nequix, dense_products, energy_forces_stress
 from muon import Muon
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyper-parameters
 
-
-def arg(default, help, **kwargs):
-    return field(default=default, metadata=dict(help=help, **kwargs))
-
-
-@dataclass
-class Args:
-    data: str = arg("", "packed set (default: data/mptrj if packed, else data/sample, fetched if absent)")
-    out: str = arg("", "folder of the run (default: runs/ and the name of the set)")
-    recipe: str = arg(
-        "paper",
-        "defaults of what follows: Table A.1 of the paper, or those for the mini track",
-        choices=["paper", "fast"],
-    )
-    # model
-    init: str = arg(
-        "", "start from these weights, their architecture and statistics: a name or a file", metavar="WEIGHTS"
-    )
-    refit_e0: bool = arg(False, "with --init: fit the atoms' energies to the training frames first")
-    hidden: str = arg("128x0e+64x1o+32x2e+32x3o", "irreps of the hidden features")
-    lmax: int = arg(3, "highest degree of the spherical harmonics")
-    layers: int = arg(4, "message-passing layers")
-    cutoff: float = arg(6.0, "A")
-    n_basis: int = arg(8, "Bessel functions")
-    radial_size: int = arg(64, "width of the radial MLP")
-    radial_layers: int = arg(2, "hidden layers of the radial MLP")
-    no_norm: bool = arg(False, "leave the equivariant RMSNorm out")
-    # optimization
-    epochs: float = arg(100.0, "passes over the training frames")
-    steps: int = arg(0, "steps, instead of --epochs")
-    batch: int = arg(256, "structures a step, over all ranks")
-    optimizer: str = arg("muon", "optimizer", choices=["muon", "adamw"])
-    lr: float = arg(0.01, "peak learning rate")
-    vector_lr: float = arg(1.0, "times --lr: of the norms' weights, which Muon leaves to Adam")
-    decay: str = arg("cosine", "of the learning rate, to 1e-6", choices=["cosine", "linear"])
-    weight_decay: float = arg(1e-3, "of the weight matrices; multiplies the learning rate")
-    warmup_epochs: float = arg(0.1, "linear warm-up, from 0.2 of the peak")
-    grad_clip: float = arg(100.0, "largest norm of the gradient")
-    ema: float = arg(0.999, "decay of the averaged weights")
-    energy_weight: float = arg(20.0, "of the mean |dE|/atom, eV")
-    force_weight: float = arg(20.0, "of the mean |dF|, the length of the vector, eV/A")
-    stress_weight: float = arg(5.0, "of the mean |d stress| component, eV/A^3")
-    seed: int = arg(0, "of the weights and the order of the data")
-    dtype: str = arg("float32", "of the network", choices=["float32", "float64"])
-    # how it runs; none of these changes the result but by rounding
-    tf32: bool = arg(False, "TensorFloat32 for dense products on CUDA")
-    conv: str = arg("auto", "convolution", choices=["auto", "torch", "oeq", "fused"])
-    device: str = arg("", "where (default: cuda if there is one)", choices=["cpu", "cuda"])
-    max_edges: int = arg(0, "edges in a micro-batch (default: from the free memory)")
-    eval_every: int = arg(0, "steps between validations (default: one an epoch, at least 10 in all)")
-    save_every: int = arg(200, "steps between checkpoints")
-    # instead of training
-    validate: str = arg("", "print the errors of these weights on the validation split, and leave", metavar="WEIGHTS")
-    frames: int = arg(0, "with --validate: so many frames only")
-    test: bool = arg(False, "with --validate: on the test split, once a record is chosen")
-
-
-BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
+# The mini track: Muon moves a weight by a fraction of --lr a step, and 460 steps must take it away from its initial value.
+FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, norm_lr=2.0, decay="linear")
+FAST |= dict(weight_decay=0.1, ema=0.9, force_weight=10.0)
+ARCHITECTURE = "hidden lmax layers cutoff".split()
 FREE = (
     "data out recipe conv device max_edges eval_every save_every validate frames test".split()
-)  # may change between resumptions
+)  # may change on resuming
 
-# Of the mini track: Muon moves a weight by a part of --lr a step, and 460 steps must take it away from its unit variance.
-FAST = dict(
-    hidden="64x0e+32x1o+32x2e",
-    lmax=2,
-    cutoff=5.0,
-    epochs=13.0,
-    batch=128,
-    lr=0.1,
-    vector_lr=2.0,
-    decay="linear",
-    weight_decay=0.1,
-    ema=0.9,
-    force_weight=10.0,
-)
-ARCHITECTURE = "hidden lmax layers cutoff n_basis radial_size radial_layers".split()
+
+def number(kind, zero=False):
+    """A type for argparse: a positive number, or not negative if `zero`."""
+
+    def parse(text):
+        value = kind(text)
+        if not (0 < value < math.inf or zero and value == 0):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"  # argparse's message has it
+    return parse
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Args):
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
-        help = dict(f.metadata)
-        if f.type is not bool and f.default not in ("", 0):
-            help["help"] += f" (default: {f.default})"
-        p.add_argument("--" + f.name.replace("_", "-"), **kind, **help)
+    positive, count, weight, optional = number(float), number(int), number(float, zero=True), number(int, zero=True)
+
+    add = p.add_argument_group("data and results").add_argument
+    add(
+        "--data",
+        default="",
+        help="packed set (default: data/mptrj if it is there, else data/sample, fetched if absent)",
+    )
+    add("--out", default="", help="folder of the run (default: runs/ and the name of the set)")
+
+    add = p.add_argument_group("model").add_argument
+    add("--init", default="", metavar="WEIGHTS", help="fine-tune these: a released name or a file")
+    add("--refit-e0", action="store_true", help="with --init: first fit the atoms' energies, E0, to the data")
+    add("--hidden", default="128x0e+64x1o+32x2e+32x3o", help="irreps of the hidden features")
+    add("--lmax", default=3, type=int, help="highest degree of the spherical harmonics")
+    add("--layers", default=4, type=count, help="message-passing layers")
+    add("--cutoff", default=6.0, type=positive, help="of the neighbour list, A")
+    add("--no-norm", action="store_true", help="leave out the RMSNorm")
+
+    add = p.add_argument_group("optimization").add_argument
+    add("--recipe", default="paper", choices=["paper", "fast"], help="other defaults: fast is for the mini track")
+    add("--epochs", default=100.0, type=positive, help="passes over the training frames")
+    add("--steps", default=0, type=optional, help="number of steps, in place of --epochs")
+    add("--batch", default=256, type=count, help="structures in a step, on all ranks together")
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="Muon leaves the weights of norms to Adam")
+    add("--lr", default=0.01, type=positive, help="peak learning rate")
+    add("--norm-lr", default=1.0, type=positive, help="learning rate of the weights of norms, in units of --lr")
+    add("--decay", default="cosine", choices=["cosine", "linear"], help="of the learning rate, down to 1e-6")
+    add("--weight-decay", default=1e-3, type=weight, help="of the matrices; multiplies the learning rate")
+    add("--grad-clip", default=100.0, type=positive, help="largest norm of the gradient")
+    add("--ema", default=0.999, type=weight, help="decay of the averaged weights, below 1")
+    add("--energy-weight", default=20.0, type=weight, help="in the loss, of the mean |dE|/atom in eV")
+    add("--force-weight", default=20.0, type=weight, help="in the loss, of the mean length of dF in eV/A")
+    add("--stress-weight", default=5.0, type=weight, help="in the loss, of the mean |component of d stress| in eV/A^3")
+    add("--seed", default=0, type=optional, help="of the initial weights and the order of the data")
+
+    add = p.add_argument_group("machine").add_argument
+    add("--precision", default="float32", choices=list(nequix.PRECISIONS), help="of the network")
+    add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
+    add("--conv", default="auto", choices=["auto", "fused", "oeq", "torch"], help=nequix.CONV_HELP)
+    add("--device", default="", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--max-edges", default=0, type=optional, help="edges in a micro-batch (default: by the free memory)")
+    add(
+        "--eval-every",
+        default=0,
+        type=optional,
+        help="steps between validations (default: an epoch, or a tenth of the run)",
+    )
+    add("--save-every", default=60.0, type=weight, help="seconds between checkpoints")
+
+    add = p.add_argument_group("in place of training").add_argument
+    add("--validate", default="", metavar="WEIGHTS", help="print the errors of these weights, on the validation split")
+    add("--frames", default=0, type=optional, help="with --validate: so many frames only")
+    add("--test", action="store_true", help="with --validate: on the test split. Once, when a record is chosen")
+
+    for action in p._actions:
+        if action.default not in (None, "", 0, False, argparse.SUPPRESS):
+            action.help += " (default: %(default)s)"
     if p.parse_known_args(argv)[0].recipe == "fast":
         p.set_defaults(**FAST)
-    a = Args(**vars(p.parse_args(argv)))
-    for (
-        name
-    ) in "batch lr vector_lr layers cutoff n_basis radial_size radial_layers epochs save_every grad_clip".split():
-        if not 0 < getattr(a, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
-    if a.refit_e0 and not a.init:
-        raise ValueError("--refit-e0 needs --init")
-    for name in ("test", "frames"):
-        if getattr(a, name) and not a.validate:
-            raise ValueError(f"--{name} needs --validate")
-    if not 0 <= a.ema < 1:
-        raise ValueError(f"--ema must be at least 0 and below 1, not {a.ema}")
+    a = p.parse_args(argv)
+    for name, needs in (("refit_e0", "init"), ("test", "validate"), ("frames", "validate")):
+        if getattr(a, name) and not getattr(a, needs):
+            p.error(f"--{name.replace('_', '-')} needs --{needs}")
     for name in [*ARCHITECTURE, "no_norm"]:
         if a.init and getattr(a, name) != p.get_default(name):
-            raise ValueError(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
-    for name in "steps max_edges eval_every frames seed weight_decay warmup_epochs energy_weight force_weight stress_weight".split():
-        if not 0 <= getattr(a, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(a, name)}")
+            p.error(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
+    if a.ema >= 1:
+        p.error(f"--ema must be below 1, not {a.ema}")
     return a
 
 
@@ -178,98 +160,6 @@ def batch_loss(batch, predicted, weights, counts):
     return sum(w * s / n for w, s, n in zip(weights, sums, counts))
 
 
-def loss_and_gradient(model, batch, weights, counts):
-    """This batch's share of the loss, whose gradient is added to the weights'.
-
-    Forces and stress are linear in g = dE/dvector, so the gradient of the loss L(E, g) by the weights is that of
-    sum_atoms (dL/dE) E + D, where D is the derivative of the energy along the edge vectors' direction dL/dg. With fused
-    kernels D is computed forward, as a tangent, and nothing is differentiated twice; elsewhere autograd does that.
-    """
-    if model.chosen_conv() != "fused":
-        loss = batch_loss(batch, energy_forces_stress(model, batch, create_graph=True), weights, counts)
-        loss.backward(inputs=list(model.parameters()))
-        return loss.detach()
-    vectors = batch.vectors.detach().requires_grad_()
-    energy, state = model.fused(batch.numbers, vectors, batch.senders, batch.row_ptr, keep=True)
-    (g,) = torch.autograd.grad(energy.sum() + 0 * vectors.sum(), vectors)
-    energy, g = energy.detach().requires_grad_(), g.requires_grad_()
-    loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
-    by_energy, direction = torch.autograd.grad(loss, (energy, g))
-    # In units of the direction's largest component: the tangents are then of an order that suits float16.
-    largest = torch.cat([direction.abs().flatten(), direction.new_full((1,), 1e-30)]).max()
-    unit = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two: nothing is rounded
-    energy, derivative = model.fused_tangent(batch.vectors, direction / unit, state)
-    params = list(model.parameters())
-    grads = torch.autograd.grad((by_energy / unit) @ energy.double() + derivative.sum(), params)
-    torch._foreach_mul_(grads, unit.float())
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    torch._foreach_add_([p.grad for p in params], grads)
-    return loss.detach()
-
-
-class Padded:
-    """A Batch with room for more than it has, to which others are copied; it has the tensors that loss_and_gradient reads. Atoms
-    beyond theirs have no edges and belong to the last structure, which like all structures beyond theirs has no labels;
-    edges beyond theirs are outside row_ptr: whatever they are, they count for nothing."""
-
-    FIELDS = "numbers cell pbc n_atoms structure senders receivers row_ptr vectors energy forces stress".split()
-
-    def __init__(self, batch, room):
-        """room: atoms, edges and structures"""
-        atoms, edges, structures = room
-        rows = dict.fromkeys(self.FIELDS, structures) | dict.fromkeys(("senders", "receivers", "vectors"), edges)
-        rows |= dict.fromkeys(("numbers", "structure", "forces"), atoms) | dict(row_ptr=atoms + 1)
-        first = {k: getattr(batch, k)[:1] for k in self.FIELDS}
-        self.batch = Batch(
-            positions=None, shifts=None, **{k: t.repeat(rows[k], *[1] * (t.ndim - 1)) for k, t in first.items()}
-        )
-        self.fill(batch)
-
-    def fill(self, batch):
-        """False if there is no room."""
-        b, a, e, s = self.batch, len(batch.numbers), len(batch.senders), len(batch.cell)
-        if a > len(b.numbers) or e > len(b.senders) or s >= len(b.cell):
-            return False
-        new = [getattr(batch, k) for k in self.FIELDS]
-        torch._foreach_copy_([getattr(b, k)[: len(t)] for k, t in zip(self.FIELDS, new)], new)
-        b.row_ptr[a + 1 :], b.structure[a:] = e, len(b.cell) - 1
-        b.energy[s:], b.forces[a:], b.stress[s:] = torch.nan, torch.nan, torch.nan
-        return True
-
-
-class Replay:
-    """`loss_and_gradient` of one batch after another. With fused kernels on CUDA a graph of it is captured, with room for a tenth
-    more than the largest batch so far, and is then one launch in place of a thousand. Above MOST edges the GPU is at work for
-    longer than Python launches, and the graph's memory, which is its own, would be in the way."""
-
-    MOST = 1_000_000
-
-    def __init__(self, model, weights):
-        self.model, self.weights, self.padded, self.room = model, weights, None, (0, 0, 0)
-        for p in model.parameters():  # where the graph adds to
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-
-    def __call__(self, batch, counts):
-        cuda = batch.vectors.device.type == "cuda"
-        if not cuda or self.model.chosen_conv() != "fused" or not 0 < len(batch.senders) <= self.MOST:
-            return loss_and_gradient(self.model, batch, self.weights, counts)
-        if not (self.padded and self.padded.fill(batch)):
-            self.padded = self.graph = self.loss = None  # frees its memory
-            sizes = len(batch.numbers), len(batch.senders), len(batch.cell)
-            self.room = tuple(max(old, n + n // 10 + 1) for old, n in zip(self.room, sizes))
-            padded, self.counts = Padded(batch, self.room), batch.energy.new_ones(3)
-            run = functools.partial(loss_and_gradient, self.model, padded.batch, self.weights, self.counts)
-            grads = [p.grad for p in self.model.parameters()]
-            before = [g.clone() for g in grads]
-            self.graph, self.loss = kernels.capture(run, batch.vectors.device)
-            torch._foreach_copy_(grads, before)
-            self.padded = padded
-        self.counts.copy_(torch.from_numpy(counts), non_blocking=True)
-        self.graph.replay()
-        return self.loss
-
-
 def label_counts(packed, indices):
     """Structures with an energy, atoms with forces, stress components, (3,): what the loss of `indices` is divided by."""
     forces = packed.n_atoms[indices][packed.has_forces[indices]].sum()
@@ -277,28 +167,116 @@ def label_counts(packed, indices):
     return np.maximum(counts, 1.0)
 
 
+def loss_and_gradient(model, batch, weights, counts):
+    """This batch's share of the loss, and its gradient by the model's parameters, a list.
+
+    Forces and stress are linear in g = dE/dvector. So the gradient of the loss L(E, g) by the weights is that of
+    sum over atoms of (dL/dE) E + D, where D is the derivative of the energy along the direction dL/dg of the edge vectors.
+    The fused kernels compute D forward, as a tangent, and nothing is differentiated twice. Elsewhere autograd does that.
+    """
+    params = list(model.parameters())
+    with torch.enable_grad(), dense_products(model.tf32):
+        if model.chosen_conv() != "fused":
+            loss = batch_loss(batch, energy_forces_stress(model, batch, create_graph=True), weights, counts)
+            return loss.detach(), torch.autograd.grad(loss, params)
+        import kernels
+
+        vectors = batch.vectors.detach().requires_grad_()
+        energy, kept = kernels.atom_energies(model, batch.numbers, vectors, batch.senders, batch.row_ptr, keep=True)
+        (g,) = torch.autograd.grad(energy.sum() + 0 * vectors.sum(), vectors)
+        energy, g = energy.detach().requires_grad_(), g.requires_grad_()
+        loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
+        by_energy, direction = torch.autograd.grad(loss, (energy, g))
+        # In units of the direction's largest component, tangents have a size that suits float16.
+        largest = torch.cat([direction.abs().flatten(), direction.new_full((1,), 1e-30)]).max()
+        unit = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two: nothing is rounded
+        energy, derivative = kernels.energy_tangent(model, batch.vectors, direction / unit, kept)
+        grads = torch.autograd.grad((by_energy / unit) @ energy.double() + derivative.sum(), params)
+        torch._foreach_mul_(grads, unit.float())
+        return loss.detach(), grads
+
+
 @torch.no_grad()
 def evaluate(model, packed, indices, max_edges, rank=0, ranks=1):
     """The three MAEs: energy, mean over structures of |dE|/n, meV/atom; forces, mean over all components of all atoms,
     meV/A (exact: the official code averages batch by batch); stress, mean over structures of the nine |d stress|/n,
-    meV/A^3/atom. With them, the same with zero forces and stress and the E0s alone. Sharded over ranks, exact sums."""
+    meV/A^3/atom. And the same for the E0s alone with zero forces and stress. Shared among ranks, exact sums."""
     total = torch.zeros(9, dtype=torch.float64, device=packed.device)
     mine = deal(indices, packed.n_edges, ranks)[rank]
     pieces = micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
     for batch in prefetch(packed, tqdm(pieces, "validation", leave=False, disable=None if rank == 0 else True)):
-        de, has_e, df, has_f, ds, has_s = differences(batch, energy_forces_stress(model, batch))
+        n = batch.n_atoms[:, None, None]
         e0 = model.e0[model.species[batch.numbers]]
         e0 = e0.new_zeros(len(batch.cell)).index_add(0, batch.structure, e0)
-        n = batch.n_atoms[:, None, None]
-        e_base = torch.where(has_e, batch.energy - e0, 0) / batch.n_atoms
-        base = e_base, torch.where(has_f, batch.forces, 0), torch.where(has_s, batch.stress, 0) / n
-        total[:3] += torch.stack([x.abs().sum() for x in (de, df, ds / n)])
-        total[3:6] += torch.stack([x.sum() for x in (has_e, has_f, has_s)])
-        total[6:] += torch.stack([x.abs().sum() for x in base])
+        baseline = e0, torch.zeros_like(batch.forces), torch.zeros_like(batch.stress)
+        de, has_e, df, has_f, ds, has_s = differences(batch, energy_forces_stress(model, batch))
+        de0, _, df0, _, ds0, _ = differences(batch, baseline)
+        sums = de.abs(), df.abs(), ds.abs() / n, has_e, has_f, has_s, de0.abs(), df0.abs(), ds0.abs() / n
+        total += torch.stack([x.sum() for x in sums])
     if ranks > 1:
         dist.all_reduce(total)
-    total = total.cpu()
-    return (1000 * total[:3] / total[3:6]).tolist(), (1000 * total[6:] / total[3:6]).tolist()
+    errors, n, baseline = total.cpu().view(3, 3)
+    return (1000 * errors / n).tolist(), (1000 * baseline / n).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step
+
+
+class Trainer:
+    """A model, the exponential moving average of its weights (`ema`, a copy of the model), its optimizer; and a training step.
+
+    loss_weights: of energy, forces and stress. grad_clip: largest norm of the gradient. decay: of the average.
+    """
+
+    def __init__(self, model, optimizer, loss_weights, grad_clip=100.0, decay=0.999):
+        self.model, self.optimizer, self.loss_weights = model, optimizer, loss_weights
+        self.grad_clip, self.decay = grad_clip, decay
+        self.ema = deepcopy(model).requires_grad_(False)
+        self.params, self.averages = list(model.parameters()), list(self.ema.parameters())
+        # All gradients lie in one flat tensor, which is all-reduced as it is. Its last element is the loss.
+        self.flat = self.params[0].new_zeros(sum(p.numel() for p in self.params) + 1, requires_grad=False)
+        for p, g in zip(self.params, self.flat[:-1].split([p.numel() for p in self.params])):
+            p.grad = g.view_as(p)
+        self.accumulate = self.add_gradient
+        if model.chosen_conv() == "fused":
+            import kernels
+
+            self.accumulate = kernels.Replay(self.add_gradient, self.flat)
+
+    def add_gradient(self, batch, counts):
+        loss, grads = loss_and_gradient(self.model, batch, self.loss_weights, counts)
+        torch._foreach_add_([p.grad for p in self.params], grads)
+        self.flat[-1] += loss
+
+    @torch.no_grad()
+    def step(self, batches, counts, lr, t, before_update=None):
+        """Step number t with learning rate lr, on the micro-batches of this rank. counts: those of `label_counts`, of all ranks.
+
+        Returns the loss, a tensor without dimensions, which is NaN if a gradient is not finite; or None if the GPU's memory
+        does not suffice: then nothing has changed. before_update(loss) is called when the loss of the weights is known.
+        Nothing here waits for the GPU.
+        """
+        self.flat.zero_()
+        try:
+            for batch in batches:
+                self.accumulate(batch, counts)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        if dist.is_initialized():
+            dist.all_reduce(self.flat)
+        gradient, loss = self.flat[:-1], self.flat[-1].clone()
+        norm = torch.linalg.vector_norm(gradient)
+        loss += 0 * norm
+        if before_update:
+            before_update(loss)
+        gradient *= (self.grad_clip / (norm + 1e-6)).clamp(max=1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        with dense_products(self.model.tf32):
+            self.optimizer.step()
+        torch._foreach_lerp_(self.averages, self.params, 1 - min(self.decay, (1 + t) / (10 + t)))
+        return loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,16 +291,13 @@ def default_data():
     return "data/sample"
 
 
-def default_max_edges(model, device):
-    """Edges of a micro-batch whose double backward fits the free memory: about 12 copies of what an edge carries."""
+def edges_that_fit(model, device):
+    """Edges of a micro-batch: by the free memory, and bytes an edge takes in the paper's network. If these are too many,
+    training halves them."""
     if device.type == "cpu":
         return 20_000
-    floats = 0
-    for layer in model.layers:
-        w = layer.radial[-1].shape[1]
-        messages = sum((2 * l + 1) * m for l, m in enumerate(layer.muls_mid))
-        floats += dict(torch=w + 2 * messages, oeq=w, fused=45)[model.chosen_conv()]
-    return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / (12 * 4 * floats)), 10_000)
+    size = dict(fused=9_000, oeq=60_000, torch=450_000)[model.chosen_conv()]
+    return max(int(torch.cuda.mem_get_info(device)[0] * 0.7 / size), 10_000)
 
 
 def learning_rate(step, total, warmup, peak, decay="cosine"):
@@ -333,26 +308,38 @@ def learning_rate(step, total, warmup, peak, decay="cosine"):
     return 1e-6 + (peak - 1e-6) * (0.5 * (1 + math.cos(math.pi * x)) if decay == "cosine" else 1 - x)
 
 
-def make_optimizer(params, a):
-    if a.optimizer == "muon":
-        return Muon(params, lr=a.lr, weight_decay=a.weight_decay)
+def make_optimizer(model, a):
+    matrices, norms = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
     groups = [
-        dict(params=[p for p in params if p.ndim == n], weight_decay=w) for n, w in ((2, a.weight_decay), (1, 0.0))
+        dict(params=matrices, weight_decay=a.weight_decay),
+        dict(params=norms, weight_decay=0.0, lr_scale=a.norm_lr),
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=a.lr)
+    groups = [g for g in groups if g["params"]]
+    return Muon(groups, lr=a.lr) if a.optimizer == "muon" else torch.optim.AdamW(groups, lr=a.lr)
 
 
 def trouble(losses):
-    """What is wrong with the last losses, or None."""
-    if not math.isfinite(losses[-1]):
-        return "is not finite"
+    """(index, what is wrong) for the last losses, a list; or None."""
+    for k, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return k, "is not finite"
     if len(losses) >= 200 and min(losses[-100:]) > 10 * statistics.median(losses[:-100]):
-        return "has been over ten times its running median for 100 steps"
-    return None
+        return len(losses) - 1, "has been over ten times its running median for 100 steps"
 
 
-def save_state(path, **state):
-    """The file appears whole or not at all, also when the machine goes down."""
+@torch.no_grad()
+def refitted_e0(model, packed, indices, max_edges):
+    """The model's E0s (species,) eV, plus the least-squares fit, of least norm, to the energy that it leaves of the frames
+    `indices`. Elements that do not occur keep theirs."""
+    order = micro_batches(indices[packed.has_energy[indices]], packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    batches = prefetch(packed, tqdm(order, "fitting E0s", leave=False, disable=None))
+    left = np.concatenate([(b.energy - energy_forces_stress(model, b)[0]).cpu() for b in batches])
+    counts = data.composition(packed.numbers, packed.offsets)[np.concatenate(order)][:, model.config["atomic_numbers"]]
+    return model.e0 + torch.from_numpy(np.linalg.lstsq(counts.T @ counts, counts.T @ left, rcond=None)[0]).to(model.e0)
+
+
+def save_state(path, state):
+    """The file appears whole or not at all, even if the machine goes down."""
     with open(f"{path}.tmp", "wb") as f:
         torch.save(state, f)
         f.flush()
@@ -360,28 +347,10 @@ def save_state(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def draw_curve(path, history, targets):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    units = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A$^3$/atom)"
-    for k, (axis, unit) in enumerate(zip(axes, units)):
-        axis.semilogy([h[0] for h in history], [h[1][k] for h in history], "o-", ms=3)
-        axis.axhline(targets[k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
-        axis.set(xlabel="step", ylabel=unit)
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-
-
 def sources():
-    """The text of all scripts that a run depends on, and its sha256."""
-    here = Path(__file__).parent
-    text = "".join(
-        f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in "train.py model.py kernels.py muon.py data.py".split()
-    )
+    """The text of the scripts that a run depends on, and its sha256."""
+    here, names = Path(__file__).parent, "train.py model.py kernels.py muon.py data.py".split()
+    text = "".join(f"{'=' * 40} {f}\n{(here / f).read_text()}\n" for f in names)
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -394,71 +363,29 @@ def run_header(a, packed, device, ranks, model):
     return (
         f"{text}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}sources: sha256 {sha256}\n"
         f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
-        f"{ranks} x {name}, convolution: {model.chosen_conv()}\n"
+        f"{ranks} x {name}, precision: {model.precision}, convolution: {model.chosen_conv()}\n"
         f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n"
-        f"{asdict(a)}\n{sum(p.numel() for p in model.parameters())} weights\n"
+        f"{vars(a)}\n{sum(p.numel() for p in model.parameters())} weights"
     )
 
 
-@torch.no_grad()
-def refitted_e0(model, packed, indices, max_edges, rank, ranks):
-    """The model's E0s plus their least-squares fit, of least norm, to what energy it leaves of the frames `indices`: elements
-    that are not there keep theirs. (species,) eV, the same on all ranks."""
-    indices = indices[packed.has_energy[indices]]
-    n = len(model.e0)
-    xx_xy = torch.zeros(n, n + 1, dtype=torch.float64, device=packed.device)
-    pieces = micro_batches(
-        deal(indices, packed.n_edges, ranks)[rank], packed.n_atoms, packed.n_edges, max_edges, max_edges
-    )
-    for batch in prefetch(packed, tqdm(pieces, "fitting E0s", leave=False, disable=None if rank == 0 else True)):
-        key = batch.structure * n + model.species[batch.numbers]
-        x = torch.bincount(key, minlength=n * len(batch.cell)).view(-1, n).double()  # composition
-        energy = (
-            model(batch.numbers, batch.vectors, batch.senders, batch.row_ptr) + model.e0[model.species[batch.numbers]]
-        )
-        y = batch.energy.index_add(0, batch.structure, -energy)
-        xx_xy += x.T @ torch.cat([x, y[:, None]], 1)
-    if ranks > 1:
-        dist.all_reduce(xx_xy)
-    xx_xy = xx_xy.cpu().numpy()
-    return model.e0 + torch.from_numpy(np.linalg.lstsq(xx_xy[:, :n], xx_xy[:, n], rcond=None)[0]).to(model.e0)
+def draw_curve(path, history, baseline):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    units = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A$^3$/atom)"
+    for k, (axis, unit) in enumerate(zip(axes, units)):
+        axis.semilogy([h[0] for h in history], [h[1][k] for h in history], "o-", ms=3)
+        axis.axhline(baseline[k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
+        axis.set(xlabel="step", ylabel=unit)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
-def leave_now(status=1):
-    """Without the end of other threads and of connections, which would abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def watch_next_rank(rank, ranks):
-    """From here on this process ends, with a line, when the next rank is gone, for which its GPU would wait and not tell. Returns
-    what to call when all ranks leave. (Gloo notices a closed connection. Each rank listens to one, and goes with it.)"""
-    following, group = (rank + 1) % ranks, dist.new_group(backend="gloo", timeout=timedelta(days=1000))
-
-    def watch():
-        try:
-            dist.recv(torch.zeros(1), following, group)
-        except RuntimeError:
-            time.sleep(3)  # this rank may be about to leave with a better reason
-            gone = f"error on rank {rank}: rank {following} is gone; the same command goes on from the last checkpoint"
-            print(gone, file=sys.stderr)
-            leave_now()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-
-    def leave():
-        dist.barrier()  # torchrun ends the others when one leaves: not before the last checkpoint is written
-        dist.send(torch.zeros(1), (rank - 1) % ranks, group)
-        thread.join()
-        dist.destroy_process_group()
-
-    return leave
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation of given weights
+BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
 
 
 def check_elements(model, packed, indices):
@@ -468,10 +395,9 @@ def check_elements(model, packed, indices):
         raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
 
 
-@torch.no_grad()
-def validate_weights(a, device, dtype):
-    """Errors of a checkpoint on a packed set, and the usual suspects if they are large: E0s, units, the stress sign."""
-    model = nequix.load(a.validate, device, dtype, a.conv)
+def validate_weights(a, device):
+    """Prints the errors of given weights on a packed set, and what betrays wrong labels: E0s, units, the sign of the stress."""
+    model = nequix.load(a.validate, device, a.precision, a.conv)
     packed = PackedSet(a.data, model.config["cutoff"], device)
     split = "test" if a.test else "validation"
     indices = packed.indices(data.TEST if a.test else data.VAL)
@@ -479,40 +405,36 @@ def validate_weights(a, device, dtype):
     if len(indices) == 0:
         raise ValueError(f"{a.data} has no {split} frames")
     check_elements(model, packed, indices)
-    max_edges = a.max_edges or default_max_edges(model, device)
-    (e, f, s), base = evaluate(model, packed, indices, max_edges)
-    print(f"{a.validate} on {len(indices)} {split} frames of {a.data}:")
+    max_edges = a.max_edges or edges_that_fit(model, device)
+    (e, f, s), baseline = evaluate(model, packed, indices, max_edges)
+    print(f"{a.validate} on {len(indices)} {split} frames of {a.data} ({model.precision}, {model.chosen_conv()}):")
     print(f"energy MAE {e:.2f} meV/atom, force MAE {f:.2f} meV/A, stress MAE {s:.3f} meV/A^3/atom")
-    print(f"(E0s alone, zero forces, zero stress: {base[0]:.2f}, {base[1]:.2f}, {base[2]:.3f})")
+    print(BASELINE.format(*baseline))
 
-    ours = packed.meta["statistics"]
-    ours = dict(zip(ours["atomic_numbers"], ours["atom_energies"]))
-    theirs = dict(zip(model.config["atomic_numbers"], model.e0.tolist()))
-    frames = (data.composition(packed.numbers, packed.offsets)[packed.split == data.TRAIN] > 0).sum(0)
-    gap = {z: ours[z] - theirs[z] for z in ours if z in theirs and frames[z] >= 20}  # fits to a few frames say nothing
-    if gap:
-        worst = sorted(gap, key=lambda z: -abs(gap[z]))[:5]
-        mean = statistics.fmean(map(abs, gap.values()))
-        print(f"E0s, those of the set less those of the weights, over {len(gap)} elements in 20 frames or more:")
-        print(f"  mean |difference| {mean:.3f} eV; largest: " + ", ".join(f"Z={z} {gap[z]:+.3f} eV" for z in worst))
-    products = torch.zeros(4, dtype=torch.float64, device=device)
+    slopes = [], []
     for batch in prefetch(packed, micro_batches(indices, packed.n_atoms, packed.n_edges, max_edges, max_edges)):
-        _, forces, stress = energy_forces_stress(model, batch)
-        for k, (p, label) in enumerate(((forces, batch.forces), (stress, batch.stress))):
-            there = torch.isfinite(p) & torch.isfinite(label)
-            products[2 * k : 2 * k + 2] += torch.stack([(p * label)[there].sum(), p.square()[there].sum()])
-    slope = products[::2] / products[1::2]
-    print(f"labels = slope x prediction: forces {slope[0]:.3f}, stress {slope[1]:.3f}")
+        (_, forces, stress), sizes = energy_forces_stress(model, batch), batch.n_atoms.tolist()
+        frames = zip(forces.split(sizes), batch.forces.split(sizes)), zip(stress, batch.stress)
+        for out, pairs in zip(slopes, frames):
+            out += [((p * label).sum() / p.square().sum()).item() for p, label in pairs if p.square().sum() > 1e-9]
+    forces, stress = (f"{np.nanmedian(x):.3f}" if np.isfinite(x).any() else "-" for x in slopes)
+    print(f"labels = slope x prediction, median over frames: forces {forces}, stress {stress}")
     print("  about 1: same units and sign; stress -1: the other sign; 160: GPa; 1602: kbar, not eV/A^3")
+    ours, theirs = packed.meta["statistics"], dict(zip(model.config["atomic_numbers"], model.e0.tolist()))
+    gaps = {z: e0 - theirs[z] for z, e0 in zip(ours["atomic_numbers"], ours["atom_energies"]) if z in theirs}
+    worst = sorted(gaps, key=lambda z: -abs(gaps[z]))[:5]
+    print(
+        f"E0s, set less weights: median {np.median([*gaps.values()]):+.3f} eV; largest, perhaps of few frames: ", end=""
+    )
+    print(", ".join(f"Z={z} {gaps[z]:+.3f} eV" for z in worst))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(a, device, dtype, rank, ranks):
-    leave = watch_next_rank(rank, ranks) if ranks > 1 else lambda: None
-    model = nequix.load(a.init, device, dtype, a.conv).requires_grad_() if a.init else None
+def train(a, device, rank, ranks):
+    model = nequix.load(a.init, device, a.precision, a.conv).requires_grad_() if a.init else None
     packed = PackedSet(a.data, model.config["cutoff"] if a.init else a.cutoff, device)
     train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
     if len(val_frames) == 0:
@@ -522,65 +444,50 @@ def train(a, device, dtype, rank, ranks):
     eval_every = a.eval_every or max(min(round(steps_per_epoch), total // 10), 1)
     out = Path(a.out or f"runs/{Path(a.data).name}")
 
-    # Model, averaged weights, optimizer. All gradients lie in one flat tensor, which is all-reduced as it is; its last
-    # two elements carry the loss and whether a rank was told to stop.
+    # Model, optimizer. Nothing is drawn at random after the initial weights: the position in the data is the step.
     torch.manual_seed(a.seed)
     if a.init:
         check_elements(model, packed, np.append(train_frames, val_frames))
     else:
+        dtype, tf32 = nequix.PRECISIONS[a.precision]
         stats = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
         config = {**stats, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
-        model = Nequix(config, a.conv).to(device, dtype)
-    ema_model = deepcopy(model).requires_grad_(False)
-    params, ema_params = list(model.parameters()), list(ema_model.parameters())
-    sizes = [p.numel() for p in params]
-    flat = torch.zeros(sum(sizes) + 2, dtype=dtype, device=device)
-    for p, g in zip(params, flat[:-2].split(sizes)):
-        p.grad = g.view_as(p)
-    optimizer = make_optimizer(params, a)
-    max_edges = a.max_edges or default_max_edges(model, device)
-    weights = a.energy_weight, a.force_weight, a.stress_weight
-    replay = Replay(model, weights)
+        model = Nequix(config, a.conv, tf32).to(device, dtype)
+    optimizer = make_optimizer(model, a)
+    trainer = Trainer(model, optimizer, (a.energy_weight, a.force_weight, a.stress_weight), a.grad_clip, a.ema)
+    ema, max_edges = trainer.ema, a.max_edges or edges_that_fit(model, device)
 
-    # Resume. Nothing is drawn at random after the initial weights; the position in the data is the step.
-    step, train_s, gpu_h, history, losses = 0, 0.0, 0.0, [], deque(maxlen=1000)
-    fixed = {k: v for k, v in asdict(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
-    (_, sources_sha256), edited = sources(), False
-    state_file, previous_file, resumed = out / "state.pt", out / "state.previous.pt", False
-    if previous_file.exists() and not state_file.exists() and rank == 0:  # killed between the two renames of save()
-        os.replace(previous_file, state_file)
-    if ranks > 1:
-        dist.barrier()
-    if state_file.exists():
+    # Resume. Rank 0 reads the checkpoint for all.
+    step, train_s, gpu_h, history = 0, 0.0, 0.0, []
+    losses = torch.full((1000,), torch.nan, device=device)  # of the last steps
+    fixed = {k: v for k, v in vars(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
+    state_file, (_, sources_sha256), state = out / "state.pt", sources(), None
+    if rank == 0 and state_file.exists():
         try:
-            state = torch.load(
-                state_file, map_location="cpu", weights_only=True
-            )  # load_state_dict() moves what must move
-            differ = [f"{k}: {state['fixed'].get(k)} -> {v}" for k, v in fixed.items() if state["fixed"].get(k) != v]
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if fixed.get(k, v) != v]
         except Exception as e:
             why = (str(e) or type(e).__name__).splitlines()[0]
-            then = (
-                f"remove it to go on from {previous_file}" if previous_file.exists() else f"remove {out} to start anew"
-            )
-            raise ValueError(f"{state_file} can't be read ({why}): {then}") from None
+            raise ValueError(f"{state_file} can't be read ({why}): remove {out} to start anew") from None
         if differ:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out")
-        model.load_state_dict(state["model"])
-        ema_model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
-        resumed, edited = True, state.get("sources_sha256") != sources_sha256
-        if edited and step == total:
+        if state["step"] == total and state["sources_sha256"] != sources_sha256:
             raise ValueError(f"{out} holds a run that ended with other sources: choose another --out")
-        losses.extend(state["losses"])
     if ranks > 1:
-        extremes = torch.tensor([step, -step], device=device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        if extremes.sum() != 0:
-            raise ValueError(f"the ranks find different checkpoints: {out} must be one folder, which all hosts see")
+        box = [state]
+        dist.broadcast_object_list(box, 0)
+        state = box[0]
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses.copy_(state["losses"])
+        step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
     if a.refit_e0:
-        e0 = state["e0"] if resumed else refitted_e0(model, packed, train_frames, max_edges, rank, ranks)
-        for m in (model, ema_model):
+        e0 = state["e0"].to(device) if state else refitted_e0(model, packed, train_frames, max_edges)
+        if ranks > 1:
+            dist.broadcast(e0, 0)
+        for m in (model, ema):
             m.e0.copy_(e0)
             m.config["atom_energies"] = e0.tolist()
     out.mkdir(parents=True, exist_ok=True)
@@ -592,46 +499,50 @@ def train(a, device, dtype, rank, ranks):
             if screen:
                 tqdm.write(text, file=sys.stdout)
 
-    def save():
-        """False if the last loss is suspect: the checkpoint before is kept."""
-        suspect = len(losses) >= 200 and losses[-1] > 10 * statistics.median(losses)
-        if rank == 0 and not suspect:
-            numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=list(losses))
-            parts = dict(
-                model=model.state_dict(), ema=ema_model.state_dict(), optimizer=optimizer.state_dict(), e0=model.e0
-            )
-            if state_file.exists():
-                os.replace(state_file, previous_file)
-            save_state(state_file, fixed=fixed, sources_sha256=sources_sha256, **parts, **numbers)
-        return not suspect
-
     def stop_clock():
-        """Book the time since `start`, and start anew."""
+        """Add the time since `start`, and start anew."""
         nonlocal train_s, gpu_h, start
-        sync()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         train_s, gpu_h = train_s + now - start, gpu_h + (now - start) * ranks / 3600 * (device.type == "cuda")
         start = now
 
-    def sync():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def last_losses(end):
+        """Of up to 1,000 steps before `end`. Raises ValueError if they are in trouble."""
+        first = max(end - len(losses), 0)
+        last = losses.tolist()
+        last = [last[s % len(losses)] for s in range(first, end)]
+        if found := trouble(last):
+            s = first + found[0]
+            ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
+            where = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
+            raise ValueError(f"the loss {found[1]} at step {s} ({last[found[0]]}); {where}; frames: {ids}")
+        return last
 
-    log(run_header(a, packed, device, ranks, model), screen=False)
-    if resumed:
-        log(f"resumed at step {step} of {total}" + edited * ", with other sources than before: see above")
-    else:
-        log(
-            f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)"
-        )
+    def save(loss=None):
+        """Called in a step when the loss of the weights is known, before they are updated: no weights are saved that don't work."""
+        nonlocal saved, saved_at
+        if loss is not None:
+            losses[step % len(losses)] = loss
+        last, saved_at = last_losses(step + (loss is not None)), time.monotonic()
+        if len(last) >= 200 and last[-1] > 10 * statistics.median(last):
+            return  # suspect: keep the checkpoint before
+        stop_clock()
+        numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=losses, e0=model.e0)
+        parts = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+        save_state(state_file, dict(fixed=fixed, sources_sha256=sources_sha256, **parts, **numbers))
+        saved = step
 
     def validate():
-        mae, base = evaluate(ema_model, packed, val_frames, max_edges // 2, rank, ranks)  # the graph keeps its memory
+        mae, base = evaluate(
+            ema, packed, val_frames, max_edges // 2, rank, ranks
+        )  # half: a CUDA graph keeps its memory
         text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
         if history:
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-            loss = statistics.fmean(list(losses)[history[-1][0] - step :])
+            loss = statistics.fmean(last_losses(step)[history[-1][0] - step :])
             text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_h:.4f} rate={rate:.1f} structures/s"
             text += f" memory={memory:.2f} GiB"
         else:
@@ -639,179 +550,112 @@ def train(a, device, dtype, rank, ranks):
         history.append([step, mae, train_s, base])
         log(text)
 
-    # The micro-batches of this rank, step by step from `first`
     def pieces_of(s):
+        """The micro-batches of this rank in step s."""
         mine = deal(step_indices(train_frames, a.batch, a.seed, s), packed.n_edges, ranks)[rank]
         return micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
 
     def batches_from(first):
         return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s)))
 
-    def check(result, done, s):
-        """Was a rank told to stop? Raises ValueError on a loss that is not finite, or has exploded: no checkpoint is
-        written after such a step."""
-        if done:
-            done.synchronize()
-        loss, asked, norm = result.tolist()
-        losses.append(loss if math.isfinite(norm) else math.nan)
-        if why := trouble(list(losses)):
-            if rank == 0 and state_file.exists():
-                if torch.load(state_file, map_location="cpu", weights_only=True)["step"] >= s:
-                    # These are the weights of this loss: back to those before.
-                    os.replace(previous_file, state_file) if previous_file.exists() else state_file.unlink()
-            ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
-            last = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
-            raise ValueError(f"the loss {why} at step {s} ({loss}); {last}; frames: {ids}")
-        return asked > 0
+    log(run_header(a, packed, device, ranks, model), screen=False)
+    other = ", with other sources than before: see above" if state and state["sources_sha256"] != sources_sha256 else ""
+    plan = f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)"
+    log(f"resumed at step {step} of {total}{other}" if state else plan)
 
-    # Ctrl-C and SIGTERM finish the step, save, and leave; another one five seconds later leaves at once. (torchrun passes
-    # on what its workers may have got already.)
-    told = []
-
-    def on_signal(number, frame):
-        if told and time.monotonic() - told[0][1] > 5:
-            raise KeyboardInterrupt
-        told.append((number, time.monotonic()))
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
-    # Warm-up outside the clock: kernels are built, a graph gets the room of the next steps, and the gradient is thrown away.
-    if step < total:
-        pieces = pieces_of(step)[:1]
-        if device.type == "cuda":
-            soon = [
-                p
-                for s in range(step, min(step + 1000, total))
-                for p in pieces_of(s)
-                if packed.n_edges[p].sum() <= Replay.MOST
-            ]
-            if soon:
-                pieces = [max(soon, key=lambda p: n[p].sum()) for n in (packed.n_atoms, packed.n_edges)]
-        try:
-            for piece in pieces:
-                replay(packed.batch(piece), np.ones(3))
-        except torch.cuda.OutOfMemoryError:  # the first step will deal with it
-            replay = Replay(model, weights)
-        flat.zero_()
+    # Warm-up, outside the clock: kernels are compiled, and a CUDA graph gets room for the largest of the next 1,000 steps.
+    if device.type == "cuda" and step < total:
+        soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s)]
+        soon = [p for p in soon if packed.n_edges[p].sum() <= 1_000_000] or soon[:1]
+        with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():  # the first step will deal with it
+            for n in (packed.n_atoms, packed.n_edges):
+                trainer.accumulate(packed.batch(max(soon, key=lambda p: n[p].sum())), np.ones(3))
     if not history:
         validate()
 
     bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
-    batches, pending, stop = batches_from(step), None, False
-    sync()
+    batches, saved, saved_at = batches_from(step), step, time.monotonic()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    while step < total and not stop:
-        counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
-        fits = True
-        try:
-            for _ in pieces_of(step):
-                flat[-2] += replay(next(batches), counts)
-        except torch.cuda.OutOfMemoryError:
-            fits = False
-        if not fits:  # outside the handler, which holds on to the failed graph: the step again, in smaller pieces
-            max_edges, replay = max_edges // 2, Replay(model, weights)
-            flat.zero_()
-            torch.cuda.empty_cache()
-            if max_edges < 1000:
-                raise ValueError("out of GPU memory even with micro-batches of 2000 edges: a smaller model?")
-            log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
-            batches = batches_from(step)
-            continue
-        flat[-1].fill_(len(told))  # `flat[-1] = ...` would wait for the GPU
-        if ranks > 1:
-            dist.all_reduce(flat)
-        grad = flat[:-2]
-        norm = torch.linalg.vector_norm(grad)
-        # Read one step late, so that the GPU need not wait for it.
-        result = torch.cat([flat[-2:], norm[None]]).to("cpu", non_blocking=True)
-        done = torch.cuda.Event() if device.type == "cuda" else None
-        if done:
-            done.record()
-        grad *= (a.grad_clip / (norm + 1e-6)).clamp(max=1)
-        rate = learning_rate(step, total, a.warmup_epochs * steps_per_epoch, a.lr, a.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (a.vector_lr if group.get("kind") == "adam" else 1)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(ema_params, params, 1 - min(a.ema, (1 + step) / (10 + step)))
-        flat.zero_()
-        step += 1
-        bar.update()
-
-        validating, saving = (step % n == 0 or step == total for n in (eval_every, a.save_every))
-        if pending is not None:
-            stop = check(*pending)
-        pending = result, done, step - 1
-        if validating or saving or stop:  # the weights are kept: look at the last loss first
-            stop, pending = check(*pending) or stop, None
-        if validating:
-            stop_clock()
-            validate()
-            if rank == 0:
-                nequix.save(out / "model.pt", ema_model)
-            sync()
-            start = time.perf_counter()
-        if saving or stop:
-            stop_clock()
-            saved = save()
+    try:
+        while step < total:
+            counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
+            lr = learning_rate(step, total, 0.1 * steps_per_epoch, a.lr, a.decay)
+            due = rank == 0 and time.monotonic() >= saved_at + a.save_every
+            loss = trainer.step(islice(batches, len(pieces_of(step))), counts, lr, step, save if due else None)
+            if loss is None:
+                max_edges //= 2
+                torch.cuda.empty_cache()
+                if max_edges < 1000:
+                    raise ValueError("out of GPU memory even with micro-batches of 2000 edges: a smaller model?")
+                log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
+                batches = batches_from(step)
+                continue
+            losses[step % len(losses)] = loss
+            step += 1
+            bar.update()
+            if step % eval_every == 0 or step == total:
+                stop_clock()
+                validate()
+                if rank == 0:
+                    nequix.save(out / "model.pt", ema)
+                start = time.perf_counter()
+    except KeyboardInterrupt:
+        bar.close()
+        log(f"interrupted at step {step} of {total}; the same command goes on from step {saved}, the last checkpoint")
+        raise
     bar.close()
-    if stop and step < total:
-        where = f"saved to {state_file}" if saved else "its loss is suspect: not saved, an older checkpoint is kept"
-        log(f"stopped at step {step} of {total}, {where}; the same command goes on")
-        leave()
-        sys.exit(128 + (told[0][0] if told else signal.SIGTERM))
-
-    _, mae, _, base = history[-1]
     if rank == 0:
-        draw_curve(out / "curve.png", history, base)
-        log(BASELINE.format(*base))
+        if saved < step:
+            save()
+        draw_curve(out / "curve.png", history, history[-1][3])
+    log(BASELINE.format(*history[-1][3]))
+    mae = history[-1][1]
     log(
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
         f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_h:.5f}"
     )
-    leave()
 
 
 def main():
-    rank = 0
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    a = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: say from where to go on
     try:
-        a = parse_args()
-        ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("--device cuda: torch sees no CUDA device")
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             if device.index >= torch.cuda.device_count():
-                raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine")
+                raise ValueError(f"--device cuda: {device.index + 1} processes, {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(device)
-        if ranks > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        torch.set_float32_matmul_precision("high" if a.tf32 else "highest")
+        if (
+            ranks > 1
+        ):  # a rank that is lost ends the others: on its host torchrun sees to it, on other hosts the timeout
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if not a.data:
-            if rank == 0:
-                default_data()
-            if ranks > 1:  # on a slow line it takes a while
-                dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
+            a.data = default_data() if rank == 0 else ""
+            if ranks > 1:
+                dist.barrier()
             a.data = default_data()
             if rank == 0:
                 print(f"data: {a.data}")
-        dtype = getattr(torch, a.dtype)
         if a.validate:
             if rank == 0:
-                validate_weights(a, device, dtype)
+                validate_weights(a, device)
         else:
-            train(a, device, dtype, rank, ranks)
+            train(a, device, rank, ranks)
+        status = 0
     except (ValueError, OSError) as e:
         print(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}", file=sys.stderr)
-        leave_now()
+        status = 1
     except KeyboardInterrupt:
-        leave_now(130)
-    except RuntimeError:
-        time.sleep(10 * dist.is_initialized())  # if another rank is gone, watch_next_rank says so, and ends this one
-        raise
-    if dist.is_initialized():
+        status = 130
+    if status:  # without waiting for other ranks and threads
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if ranks > 1:
         dist.destroy_process_group()
 
 
