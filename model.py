@@ -73,24 +73,6 @@ def harmonics(u):
     return torch.stack([torch.ones_like(x), *l1, *l2, *l3], 1)
 
 
-def monomials(u):
-    """1, u, u u, u u u: (P, 40)."""
-    uu = (u[:, :, None] * u[:, None, :]).flatten(1)
-    uuu = (uu[:, :, None] * u[:, None, :]).flatten(1)
-    return torch.cat([torch.ones_like(u[:, :1]), u, uu, uuu], 1)
-
-
-@functools.lru_cache
-@torch.inference_mode(False)
-def harmonics_of_monomials(device):
-    u = torch.nn.functional.normalize(torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    return (torch.linalg.pinv(monomials(u)) @ harmonics(u)).to(device)
-
-
-def spherical_harmonics(u, lmax):
-    return monomials(u) @ harmonics_of_monomials(u.device)[:, : (lmax + 1) ** 2]
-
-
 @functools.lru_cache
 def clebsch_gordan(l1, l2, l3):
     """Coupling of degrees l1 and l2 to l3, (2l1+1, 2l2+1, 2l3+1), float64: e3nn's `wigner_3j` times sqrt(2 l3 + 1).
@@ -311,7 +293,7 @@ class Nequix(nn.Module):
             dtype = self.readout[0].dtype
             r = torch.linalg.vector_norm(vectors, dim=1)
             basis = radial_basis(r, config["cutoff"], config["n_basis"], config["polynomial_p"]).to(dtype)  # (E, 8)
-            sh = spherical_harmonics(vectors / r[:, None], config["lmax"]).to(dtype)  # (E, 16)
+            sh = harmonics(vectors / r[:, None])[:, : (config["lmax"] + 1) ** 2].to(dtype)  # (E, 16)
             hs = [one_hot(self.species[numbers], len(self.e0)).to(dtype)[:, None]]  # (A, 1, species)
             for layer in self.layers:
                 hs = layer(hs, sh, basis, senders, row_ptr, {"torch": torch_conv, "oeq": oeq_conv}[conv])
