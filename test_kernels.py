@@ -21,10 +21,11 @@ import data
 import kernels
 import model as nequix
 from calc import NequixCalculator
-from model import Nequix, energy_forces_stress, fused_kernels, torch_conv
+from kernels import Padded, Replay, layer_kernels
+from model import Nequix, energy_forces_stress, torch_conv
 from test_data import batch_of, odd_structures
 from test_model import SHARED, needs_shared, to
-from train import Padded, Replay, loss_and_gradient
+from train import Trainer, loss_and_gradient
 
 CUDA = torch.device("cuda")
 
@@ -256,7 +257,7 @@ def fused_on_cpu(*shape, shared_memory=1 << 18):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "Module", OnCPU)
         patch.setattr(kernels, "shared_memory", lambda device: shared_memory)
-        return fused_kernels.__wrapped__(*shape)
+        return layer_kernels.__wrapped__(*shape)
 
 
 @needs_device
@@ -314,7 +315,7 @@ SHAPES = [  # channels of x, lmax, channels of the result: the three of the pape
 
 
 def numbers(stored):
-    """What `Kernels.stored` made of them"""
+    """What `LayerKernels.stored` made of them"""
     if stored.dtype == torch.float16:
         return stored
     high, low = stored.view(torch.float16).double().chunk(2, -1)
@@ -329,7 +330,7 @@ def test_kernels(muls, lmax, muls_out, exact):
     if not on_gpu and sum(muls) > 128 and (exact or muls_out == (128,)):
         pytest.skip("slow on the CPU, and the other shapes have it all")
     device, n = (CUDA, 50) if on_gpu else (torch.device("cpu"), 8)
-    k = (fused_kernels if on_gpu else fused_on_cpu)(muls, muls_out, lmax, 64, 8, exact, True, device)
+    k = (layer_kernels if on_gpu else fused_on_cpu)(muls, muls_out, lmax, 64, 8, exact, True, device)
     check_kernels(k, muls, muls_out, n)
 
 
@@ -338,7 +339,7 @@ def test_room_for_edges_but_none():
     """As in the CUDA graph of an atom alone: nothing is read before the first edge, and the sums are zero."""
     on_gpu, n = torch.cuda.is_available(), 3
     device = CUDA if on_gpu else torch.device("cpu")
-    k = (fused_kernels if on_gpu else fused_on_cpu)((12,), (7,), 0, 64, 8, False, True, device)
+    k = (layer_kernels if on_gpu else fused_on_cpu)((12,), (7,), 0, 64, 8, False, True, device)
     senders = torch.tensor([10**8, *[0] * 8], device=device)[1:]  # what is before them leads far away
     sh, hidden, row_ptr = (
         k.empty(8, 8).zero_(),
@@ -426,7 +427,7 @@ def check_kernels(k, muls, muls_out, n):
     leaf = v.clone().requires_grad_()
     got = kernels.Edges.apply(k, leaf, 2.0, 6.0)
     r = torch.linalg.vector_norm(v, dim=1)
-    embed = lambda v: nequix.spherical_harmonics(v / torch.linalg.vector_norm(v, dim=1)[:, None], lmax)
+    embed = lambda v: nequix.harmonics(v / torch.linalg.vector_norm(v, dim=1)[:, None])[:, : (lmax + 1) ** 2]
     basis = torch.func.jvp(lambda r: nequix.radial_basis(r, 2.0, 8, 6.0), (r,), (torch.ones_like(r),))
     error["sh"] = distance(numbers(got[0])[:, k.components], embed(v))
     error["basis"] = distance(numbers(got[1])[..., :8], torch.stack(basis))
@@ -480,7 +481,7 @@ def test_a_step_without_double_backward(norm, monkeypatch):
     """The gradient of the loss by tangents, on the CPU, against autograd's double backward."""
     model, batch = random_model(norm, "12x0e+6x1o+4x2e", layers=3).to("cpu"), batch_on("cpu", structures()[::4])
     reference = gradients(model, batch, "torch", torch.float64)
-    monkeypatch.setattr(nequix, "fused_kernels", fused_on_cpu)
+    monkeypatch.setattr(kernels, "layer_kernels", fused_on_cpu)
     monkeypatch.setattr(nequix, "choose_conv", lambda kind, *_: kind)
     loss, efs, grads = gradients(model, batch, "fused", torch.float32)
     assert abs(loss / reference[0] - 1) < 1e-5
@@ -489,7 +490,7 @@ def test_a_step_without_double_backward(norm, monkeypatch):
     again = [t.detach() for t in energy_forces_stress(model, batch)]
     assert torch.equal(again[0], efs[0]) and distance(again[1], efs[1]) < 1e-6
     assert distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in reference[2]])) < 1e-5
-    with pytest.raises(ValueError, match="differentiable once"):
+    with pytest.raises(ValueError, match="no second derivative"):
         energy_forces_stress(model, batch, create_graph=True)
 
 
@@ -508,21 +509,16 @@ def random_model(norm=True, hidden="128x0e+64x1o+32x2e+32x3o", layers=4):
 def gradients(model, batch, conv, dtype):
     model.conv = conv
     model = model.to(dtype).requires_grad_()
-    model.zero_grad()
-    loss = loss_and_gradient(model, batch, (20.0, 20.0, 500.0), (len(batch.cell), len(batch.numbers), 27))
-    efs = [t.detach() for t in energy_forces_stress(model, batch)]
-    return loss, efs, [p.grad.clone() for p in model.parameters()]
+    counts = len(batch.cell), len(batch.numbers), 27
+    loss, grads = loss_and_gradient(model, batch, (20.0, 20.0, 500.0), counts)
+    return loss, [t.detach() for t in energy_forces_stress(model, batch)], grads
 
 
 def compare_gradients(model, exact):
     batch = batch_on(CUDA, structures())
-    torch.set_float32_matmul_precision("highest" if exact else "high")
-    try:
-        loss, efs, grads = gradients(model, batch, "fused", torch.float32)
-        torch.set_float32_matmul_precision("highest")
-        ref_loss, ref_efs, ref = gradients(model, batch, "torch", torch.float64)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    model.tf32 = not exact
+    loss, efs, grads = gradients(model, batch, "fused", torch.float32)
+    ref_loss, ref_efs, ref = gradients(model, batch, "torch", torch.float64)
     names = [n for n, _ in model.named_parameters()]
     errors = {n: distance(a, b) for n, a, b in zip(names, grads, ref)}
     total = distance(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in ref]))
@@ -541,7 +537,7 @@ def test_a_structure_without_an_energy_spoils_no_other(monkeypatch):
     """Two atoms at one place. And a second backward gives what the first one gave."""
     model = random_model(hidden="12x0e+6x1o", layers=2)
     if not torch.cuda.is_available():
-        monkeypatch.setattr(nequix, "fused_kernels", fused_on_cpu)
+        monkeypatch.setattr(kernels, "layer_kernels", fused_on_cpu)
         monkeypatch.setattr(nequix, "choose_conv", lambda *_: "fused")
     si, nacl, fe, ethane, water = structures()
     good, device = [ethane, Atoms("Na"), water, si], model.e0.device
@@ -565,33 +561,33 @@ def test_padded_batches_and_their_cuda_graph(monkeypatch):
     """One batch after another in the room of the first, the last one beyond it: gradients as without padding."""
     model, weights = random_model(hidden="12x0e+6x1o", layers=2), (20.0, 20.0, 500.0)
     if not torch.cuda.is_available():
-        monkeypatch.setattr(nequix, "fused_kernels", fused_on_cpu)
+        monkeypatch.setattr(kernels, "layer_kernels", fused_on_cpu)
         monkeypatch.setattr(nequix, "choose_conv", lambda *_: "fused")
     si, nacl, fe, ethane, water = structures()
-    device, params, counts = model.e0.device, list(model.parameters()), np.array([2.0, 9.0, 9.0])
-    replay, padded = Replay(model, weights), None
+    device, counts, padded = model.e0.device, np.array([2.0, 9.0, 9.0]), None
+    trainer = Trainer(model, None, weights)
 
-    def gradient(f, *args):
-        model.zero_grad(set_to_none=False)
-        loss = f(*args).item()
-        return loss, torch.cat([p.grad.flatten() for p in params])
+    def gradient(accumulate, *args):
+        trainer.flat.zero_()
+        accumulate(*args)
+        return trainer.flat.clone()
 
     for some in ([si, nacl, water], [water, nacl], [water] * 3 + [nacl, si]):  # 9 atoms first, so room for 10
         batch = batch_on(device, some)
-        loss, expected = gradient(loss_and_gradient, model, batch, weights, counts)
+        expected = gradient(trainer.add_gradient, batch, counts)
+        assert isinstance(trainer.accumulate, Replay)
         if torch.cuda.is_available():
-            before, got = replay.padded, gradient(replay, batch, counts)
-            assert (replay.padded is before) == (before is not None and len(some) < 5)
+            before, got = trainer.accumulate.padded, gradient(trainer.accumulate, batch, counts)
+            assert (trainer.accumulate.padded is before) == (before is not None and len(some) < 5)
         else:
-            padded = padded or Padded(
-                batch, [len(t) + len(t) // 10 + 1 for t in (batch.numbers, batch.senders, batch.cell)]
-            )
+            room = [len(t) + len(t) // 10 + 1 for t in (batch.numbers, batch.senders, batch.cell)]
+            padded = padded or Padded(batch, room)
             assert padded.fill(batch) == (len(some) < 5)
             if len(some) == 5:
                 break
             assert len(padded.batch.row_ptr) == len(padded.batch.numbers) + 1
-            got = gradient(loss_and_gradient, model, padded.batch, weights, torch.from_numpy(counts))
-        assert got[0] == pytest.approx(loss, rel=1e-6) and distance(got[1], expected) < 1e-5
+            got = gradient(trainer.add_gradient, padded.batch, torch.from_numpy(counts))
+        assert got[-1].item() == pytest.approx(expected[-1].item(), rel=1e-6) and distance(got, expected) < 1e-5
 
 
 @needs_cuda
@@ -673,7 +669,7 @@ def test_the_hessian_is_symmetric():
 
 @needs_cuda
 def test_several_streams():
-    k = fused_kernels((12,), (7,), 0, 64, 8, True, True, CUDA)
+    k = layer_kernels((12,), (7,), 0, 64, 8, True, True, CUDA)
     row_ptr, senders = torch.arange(0, 40001, 20, device=CUDA), torch.randint(0, 2000, (40000,), device=CUDA)
     randn = lambda *shape: torch.randn(*shape, device=CUDA)
     inputs = [(randn(2000, 12), randn(40000, 1), randn(40000, 64), randn(64, 12), senders, row_ptr) for _ in range(6)]
@@ -687,8 +683,16 @@ def test_several_streams():
     assert all(torch.equal(a, b) for a, b in zip(results, expected))
 
 
-def test_deterministic_algorithms_are_kept(monkeypatch):
+def test_what_the_fused_kernels_can_not_do(monkeypatch):
+    """Deterministic sums and float64: "auto" takes plain torch, and who asks for the kernels is told."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert nequix.choose_conv("auto", "cuda") == "fused"
+    monkeypatch.setattr(nequix, "oeq_error", lambda: "not installed")
+    assert (
+        nequix.choose_conv("auto", "cuda") == "fused" and nequix.choose_conv("auto", "cuda", torch.float64) == "torch"
+    )
+    with pytest.raises(ValueError, match="needs float32 or TF32"):
+        nequix.choose_conv("fused", "cuda", torch.float64)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert nequix.choose_conv("auto", "cuda") == nequix.choose_conv("fused", "cuda") == "torch"
+    assert nequix.choose_conv("auto", "cuda") == "torch"
+    with pytest.raises(ValueError, match="no fixed order"):
+        nequix.choose_conv("fused", "cuda")

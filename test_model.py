@@ -10,7 +10,7 @@ from ase.build import bulk, fcc111, molecule
 from e3nn import o3
 
 import model as nequix
-from model import Nequix, energy_forces_stress, load, make_conv, oeq_error, paths, save
+from model import Nequix, energy_forces_stress, load, oeq_error, paths, save, torch_conv
 from test_data import batch_of
 from train import batch_loss
 
@@ -54,15 +54,15 @@ def small_batch(rattle=0.05):
 
 @needs_shared
 @pytest.mark.parametrize("device, conv", CONVS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_released_weights_reproduce_the_official_values(device, conv, dtype):
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_released_weights_reproduce_the_official_values(device, conv, precision):
     """39 structures, from the official code in float64. Forces that vanish by symmetry are compared to 0.02 eV/A."""
     from ase import Atoms
 
-    if conv == "fused" and dtype == torch.float64:
+    if conv == "fused" and precision == "float64":
         pytest.skip("the fused kernels have no float64")
 
-    model = load(SHARED / "weights/nequix-mp-1.nqx", device, dtype, conv)
+    model = load(SHARED / "weights/nequix-mp-1.nqx", device, precision, conv)
     assert sum(p.numel() for p in model.parameters()) == 707_569
     cases = json.loads((SHARED / "reference/nequix-mp-1.json").read_text())["cases"]
     assert len(cases) == 39
@@ -81,8 +81,8 @@ def test_released_weights_reproduce_the_official_values(device, conv, dtype):
         else:
             errors["stress"] = (stress[0] - torch.tensor(case["stress"], dtype=torch.float64)).abs().max().item()
         worst |= {k: np.maximum(worst[k], v) for k, v in errors.items()}  # which keeps a NaN
-    print(f"\n{device} {conv} {dtype}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
-    if dtype == torch.float64:
+    print(f"\n{device} {conv} {precision}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+    if precision == "float64":
         assert worst["energy"] < 1e-6 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
     else:
         assert worst["energy"] < 2e-5 and worst["relative"] < 2e-4 and worst["stress"] < 1e-5
@@ -91,9 +91,9 @@ def test_released_weights_reproduce_the_official_values(device, conv, dtype):
 @needs_shared
 @pytest.mark.parametrize("name", ["nequix-mp-1", "nequix-mp-1-pft", "nequix-oam-1"])
 def test_every_released_file_loads(name, tmp_path):
-    model = load(SHARED / f"weights/{name}.nqx", dtype=torch.float64)
+    model = load(SHARED / f"weights/{name}.nqx", precision="float64")
     save(tmp_path / "model.pt", model)
-    again, b = load(tmp_path / "model.pt", dtype=torch.float64), small_batch()
+    again, b = load(tmp_path / "model.pt", precision="float64"), small_batch()
     for x, y in zip(energy_forces_stress(model, b), energy_forces_stress(again, b)):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
@@ -106,7 +106,6 @@ def test_harmonics_and_coupling_equal_e3nn():
     u = torch.nn.functional.normalize(torch.randn(500, 3, dtype=torch.float64))
     expected = o3.spherical_harmonics([0, 1, 2, 3], u, True, "component")
     torch.testing.assert_close(nequix.harmonics(u), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(nequix.spherical_harmonics(u, 3), expected, rtol=0, atol=1e-12)
     for l3, l1, l2 in paths(3, 3, 3):
         expected = o3.wigner_3j(l1, l2, l3, dtype=torch.float64) * (2 * l3 + 1) ** 0.5
         torch.testing.assert_close(nequix.clebsch_gordan(l1, l2, l3), expected, rtol=0, atol=1e-9)
@@ -145,7 +144,7 @@ def test_convolution_equals_e3nn(muls, lmax, l_out):
     x = torch.randn(n, sum((2 * l + 1) * m for l, m in enumerate(muls)), dtype=torch.float64)  # l, m, channel order
     sh = torch.randn(15, (lmax + 1) ** 2, dtype=torch.float64)
     hidden, w3 = torch.randn(15, 64, dtype=torch.float64), torch.randn(64, tp.weight_numel, dtype=torch.float64)
-    out = make_conv("torch", muls, lmax, l_out, x.dtype, x.device)(x, sh, hidden, w3, senders, row_ptr)
+    out = torch_conv(muls, lmax, l_out, x.dtype, x.device)(x, sh, hidden, w3, senders, row_ptr)
 
     blocks = nequix.split_degrees(x, muls)
     channels_first = torch.cat([b.view(n, 2 * l + 1, -1).mT.flatten(1) for l, b in enumerate(blocks)], 1)
@@ -268,19 +267,46 @@ def test_bad_files_and_configurations_are_told(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=words):
             load(tmp_path / name)
-    bad = (
-        dict(hidden="16x0e+8x1e"),
-        dict(hidden="16x1o"),
-        dict(hidden="words"),
-        dict(lmax=1),
-        dict(lmax=4),
-        dict(layers=0),
-    )
-    for bad in (*bad, dict(atom_energies=[0.0])):
+    words = [dict(hidden=h) for h in ("16x0e+8x1e", "16x1o", "words", "0x0e", "16x0e+x1o", "8x0e+8x1o+8x2e+8x3o+8x4e")]
+    for bad in (*words, dict(lmax=1), dict(lmax=4), dict(layers=0), dict(atom_energies=[0.0])):
         with pytest.raises(ValueError):
             small_model(**bad)
     with pytest.raises(ValueError, match="--conv oeq does not work here"):
         nequix.choose_conv("oeq", "cpu")
+    with pytest.raises(ValueError, match="precision is one of float32, tf32, float64, not float16"):
+        load(tmp_path / "whole.pt", precision="float16")
+
+
+def test_precision_is_the_models_own():
+    """It leaves torch's switch for the process as it was, whatever the user chose there."""
+    model, batch = small_model(), small_batch()
+    for chosen, tf32 in (("high", False), ("highest", True)):
+        torch.set_float32_matmul_precision(chosen)
+        model.tf32 = tf32
+        with nequix.dense_products(tf32):
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        energy_forces_stress(model, batch)
+        assert torch.get_float32_matmul_precision() == chosen
+    assert model.precision == "float64" and model.float().precision == "tf32"
+    model.tf32 = False
+    assert model.precision == "float32"
+
+
+def test_weights_that_must_be_fetched(tmp_path, monkeypatch):
+    """From the cache if they are there; a failing or wrong download leaves nothing behind, and says where to get them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = tmp_path / "modded-nequix" / "nequix-mp-1.nqx"
+
+    def download(url, path, sha256):
+        raise RuntimeError("invalid hash value")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(
+        OSError, match=r"cannot fetch nequix-mp-1 .invalid hash.*: get https://.*put it at .*nequix-mp-1.nqx"
+    ):
+        load("nequix-mp-1")
+    save(here, small_model())
+    assert load("nequix-mp-1").config == small_model().config
 
 
 @needs_shared

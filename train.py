@@ -2,8 +2,7 @@
 
     python train.py                                                    # data/mptrj if it is packed, else data/sample
     torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32      # the same batch, shared by two GPUs
-    python train.py --validate nequix-mp-1 --data data/mptrj --frames 200
-    python train.py --init nequix-mp-1 --refit-e0 --data data/mine --lr 5e-3 --epochs 10      # fine-tuning
+    python train.py --init nequix-mp-1 --data data/mine --lr 5e-3 --epochs 10                 # fine-tuning
 
 The defaults are Table A.1 of the paper. Rerun a command to resume its run, exactly, from the last checkpoint.
 Written to --out: log.txt, model.pt (averaged weights), curve.png, and state.pt (the checkpoint).
@@ -15,9 +14,7 @@ import hashlib
 import math
 import os
 import platform
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +22,7 @@ from copy import deepcopy
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -44,28 +42,11 @@ from muon import Muon
 FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, norm_lr=2.0, decay="linear")
 FAST |= dict(weight_decay=0.1, ema=0.9, force_weight=10.0)
 ARCHITECTURE = "hidden lmax layers cutoff".split()
-FREE = (
-    "data out recipe conv device max_edges eval_every save_every validate frames test".split()
-)  # may change on resuming
-
-
-def number(kind, zero=False):
-    """A type for argparse: a positive number, or not negative if `zero`."""
-
-    def parse(text):
-        value = kind(text)
-        if not (0 < value < math.inf or zero and value == 0):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"  # argparse's message has it
-    return parse
+FREE = "data out recipe conv device max_edges eval_every save_every".split()  # may change in a run
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive, count, weight, optional = number(float), number(int), number(float, zero=True), number(int, zero=True)
-
     add = p.add_argument_group("data and results").add_argument
     add(
         "--data",
@@ -76,48 +57,39 @@ def parse_args(argv=None):
 
     add = p.add_argument_group("model").add_argument
     add("--init", default="", metavar="WEIGHTS", help="fine-tune these: a released name or a file")
-    add("--refit-e0", action="store_true", help="with --init: first fit the atoms' energies, E0, to the data")
     add("--hidden", default="128x0e+64x1o+32x2e+32x3o", help="irreps of the hidden features")
     add("--lmax", default=3, type=int, help="highest degree of the spherical harmonics")
-    add("--layers", default=4, type=count, help="message-passing layers")
-    add("--cutoff", default=6.0, type=positive, help="of the neighbour list, A")
+    add("--layers", default=4, type=int, help="message-passing layers")
+    add("--cutoff", default=6.0, type=float, help="of the neighbour list, A")
     add("--no-norm", action="store_true", help="leave out the RMSNorm")
 
     add = p.add_argument_group("optimization").add_argument
     add("--recipe", default="paper", choices=["paper", "fast"], help="other defaults: fast is for the mini track")
-    add("--epochs", default=100.0, type=positive, help="passes over the training frames")
-    add("--steps", default=0, type=optional, help="number of steps, in place of --epochs")
-    add("--batch", default=256, type=count, help="structures in a step, on all ranks together")
+    add("--epochs", default=100.0, type=float, help="passes over the training frames")
+    add("--steps", default=0, type=int, help="number of steps, in place of --epochs")
+    add("--batch", default=256, type=int, help="structures in a step, on all ranks together")
     add("--optimizer", default="muon", choices=["muon", "adamw"], help="Muon leaves the weights of norms to Adam")
-    add("--lr", default=0.01, type=positive, help="peak learning rate")
-    add("--norm-lr", default=1.0, type=positive, help="learning rate of the weights of norms, in units of --lr")
+    add("--lr", default=0.01, type=float, help="peak learning rate")
+    add("--norm-lr", default=1.0, type=float, help="learning rate of the weights of norms, in units of --lr")
     add("--decay", default="cosine", choices=["cosine", "linear"], help="of the learning rate, down to 1e-6")
-    add("--weight-decay", default=1e-3, type=weight, help="of the matrices; multiplies the learning rate")
-    add("--grad-clip", default=100.0, type=positive, help="largest norm of the gradient")
-    add("--ema", default=0.999, type=weight, help="decay of the averaged weights, below 1")
-    add("--energy-weight", default=20.0, type=weight, help="in the loss, of the mean |dE|/atom in eV")
-    add("--force-weight", default=20.0, type=weight, help="in the loss, of the mean length of dF in eV/A")
-    add("--stress-weight", default=5.0, type=weight, help="in the loss, of the mean |component of d stress| in eV/A^3")
-    add("--seed", default=0, type=optional, help="of the initial weights and the order of the data")
+    add("--weight-decay", default=1e-3, type=float, help="of the matrices; multiplies the learning rate")
+    add("--grad-clip", default=100.0, type=float, help="largest norm of the gradient")
+    add("--ema", default=0.999, type=float, help="decay of the averaged weights, below 1")
+    add("--energy-weight", default=20.0, type=float, help="in the loss, of the mean |dE|/atom in eV")
+    add("--force-weight", default=20.0, type=float, help="in the loss, of the mean length of dF in eV/A")
+    add("--stress-weight", default=5.0, type=float, help="in the loss, of the mean |component of d stress| in eV/A^3")
+    add("--seed", default=0, type=int, help="of the initial weights and the order of the data")
 
     add = p.add_argument_group("machine").add_argument
     add("--precision", default="float32", choices=list(nequix.PRECISIONS), help="of the network")
     add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
     add("--conv", default="auto", choices=["auto", "fused", "oeq", "torch"], help=nequix.CONV_HELP)
     add("--device", default="", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--max-edges", default=0, type=optional, help="edges in a micro-batch (default: by the free memory)")
+    add("--max-edges", default=0, type=int, help="edges in a micro-batch (default: by the free memory)")
     add(
-        "--eval-every",
-        default=0,
-        type=optional,
-        help="steps between validations (default: an epoch, or a tenth of the run)",
+        "--eval-every", default=0, type=int, help="steps between validations (default: an epoch, or a tenth of the run)"
     )
-    add("--save-every", default=60.0, type=weight, help="seconds between checkpoints")
-
-    add = p.add_argument_group("in place of training").add_argument
-    add("--validate", default="", metavar="WEIGHTS", help="print the errors of these weights, on the validation split")
-    add("--frames", default=0, type=optional, help="with --validate: so many frames only")
-    add("--test", action="store_true", help="with --validate: on the test split. Once, when a record is chosen")
+    add("--save-every", default=60.0, type=float, help="seconds between checkpoints")
 
     for action in p._actions:
         if action.default not in (None, "", 0, False, argparse.SUPPRESS):
@@ -125,14 +97,14 @@ def parse_args(argv=None):
     if p.parse_known_args(argv)[0].recipe == "fast":
         p.set_defaults(**FAST)
     a = p.parse_args(argv)
-    for name, needs in (("refit_e0", "init"), ("test", "validate"), ("frames", "validate")):
-        if getattr(a, name) and not getattr(a, needs):
-            p.error(f"--{name.replace('_', '-')} needs --{needs}")
-    for name in [*ARCHITECTURE, "no_norm"]:
-        if a.init and getattr(a, name) != p.get_default(name):
-            p.error(f"--init takes the architecture from the weights: leave --{name.replace('_', '-')} out")
-    if a.ema >= 1:
-        p.error(f"--ema must be below 1, not {a.ema}")
+    for name, value in vars(a).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, (int, float)) and not 0 <= value < (1 if name == "ema" else math.inf):
+            p.error(f"{flag} {value} is out of range")
+        if value == 0 and name in "batch lr norm_lr layers cutoff epochs grad_clip".split():
+            p.error(f"{flag} must be positive")
+        if a.init and name in [*ARCHITECTURE, "no_norm"] and value != p.get_default(name):
+            p.error(f"--init takes the architecture from the weights: leave {flag} out")
     return a
 
 
@@ -323,28 +295,32 @@ def trouble(losses):
     for k, loss in enumerate(losses):
         if not math.isfinite(loss):
             return k, "is not finite"
-    if len(losses) >= 200 and min(losses[-100:]) > 10 * statistics.median(losses[:-100]):
+    if len(losses) >= 200 and min(losses[-100:]) > 10 * median(losses[:-100]):
         return len(losses) - 1, "has been over ten times its running median for 100 steps"
 
 
-@torch.no_grad()
-def refitted_e0(model, packed, indices, max_edges):
-    """The model's E0s (species,) eV, plus the least-squares fit, of least norm, to the energy that it leaves of the frames
-    `indices`. Elements that do not occur keep theirs."""
-    order = micro_batches(indices[packed.has_energy[indices]], packed.n_atoms, packed.n_edges, max_edges, max_edges)
-    batches = prefetch(packed, tqdm(order, "fitting E0s", leave=False, disable=None))
-    left = np.concatenate([(b.energy - energy_forces_stress(model, b)[0]).cpu() for b in batches])
-    counts = data.composition(packed.numbers, packed.offsets)[np.concatenate(order)][:, model.config["atomic_numbers"]]
-    return model.e0 + torch.from_numpy(np.linalg.lstsq(counts.T @ counts, counts.T @ left, rcond=None)[0]).to(model.e0)
+def check_elements(model, packed, indices):
+    atoms = np.repeat(np.isin(np.arange(len(packed.n_atoms)), indices), packed.n_atoms)
+    unknown = set(np.unique(packed.numbers[atoms]).tolist()) - set(model.config["atomic_numbers"])
+    if unknown:
+        raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
 
 
-def save_state(path, state):
-    """The file appears whole or not at all, even if the machine goes down."""
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+def read_state(path, fixed, total, sources_sha256):
+    """The checkpoint of a run with the settings `fixed`, or None. Raises ValueError if it can't be gone on from."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if fixed.get(k, v) != v]
+    except Exception as e:
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} can't be read ({why}): remove {path.parent} to start anew") from None
+    if differ:
+        raise ValueError(f"{path.parent} holds a run with other settings ({'; '.join(differ)}): choose another --out")
+    if state["step"] == total and state["sources_sha256"] != sources_sha256:
+        raise ValueError(f"{path.parent} holds a run that ended with other sources: choose another --out")
+    return state
 
 
 def sources():
@@ -354,18 +330,19 @@ def sources():
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_header(a, packed, device, ranks, model):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    smi = ""
-    if device.type == "cuda" and shutil.which("nvidia-smi"):
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
-    text, sha256 = sources()
+def run_header(a, packed, model, ranks):
+    """What proves a run: sources, machine, versions, data, settings."""
+    (text, sha256), machine = sources(), platform.processor() or platform.machine()
+    if packed.device.type == "cuda":
+        machine = torch.cuda.get_device_name(packed.device)
+        with contextlib.suppress(FileNotFoundError):
+            text += subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
     return (
-        f"{text}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{smi}sources: sha256 {sha256}\n"
-        f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
-        f"{ranks} x {name}, precision: {model.precision}, convolution: {model.chosen_conv()}\n"
-        f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n"
-        f"{vars(a)}\n{sum(p.numel() for p in model.parameters())} weights"
+        f"{text}{'=' * 40} run\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\nsources: sha256 {sha256}\n{versions}\n"
+        f"{ranks} x {machine}, precision: {model.precision}, convolution: {model.chosen_conv()}\n"
+        f"data {packed.path}: sha256 {packed.meta['data_sha256']}, {packed.meta['counts']}\n{vars(a)}\n"
+        f"{sum(p.numel() for p in model.parameters())} weights"
     )
 
 
@@ -388,47 +365,6 @@ def draw_curve(path, history, baseline):
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
 
 
-def check_elements(model, packed, indices):
-    atoms = np.repeat(np.isin(np.arange(len(packed.n_atoms)), indices), packed.n_atoms)
-    unknown = set(np.unique(packed.numbers[atoms]).tolist()) - set(model.config["atomic_numbers"])
-    if unknown:
-        raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
-
-
-def validate_weights(a, device):
-    """Prints the errors of given weights on a packed set, and what betrays wrong labels: E0s, units, the sign of the stress."""
-    model = nequix.load(a.validate, device, a.precision, a.conv)
-    packed = PackedSet(a.data, model.config["cutoff"], device)
-    split = "test" if a.test else "validation"
-    indices = packed.indices(data.TEST if a.test else data.VAL)
-    indices = np.sort(np.random.RandomState(0).permutation(indices)[: a.frames or None])
-    if len(indices) == 0:
-        raise ValueError(f"{a.data} has no {split} frames")
-    check_elements(model, packed, indices)
-    max_edges = a.max_edges or edges_that_fit(model, device)
-    (e, f, s), baseline = evaluate(model, packed, indices, max_edges)
-    print(f"{a.validate} on {len(indices)} {split} frames of {a.data} ({model.precision}, {model.chosen_conv()}):")
-    print(f"energy MAE {e:.2f} meV/atom, force MAE {f:.2f} meV/A, stress MAE {s:.3f} meV/A^3/atom")
-    print(BASELINE.format(*baseline))
-
-    slopes = [], []
-    for batch in prefetch(packed, micro_batches(indices, packed.n_atoms, packed.n_edges, max_edges, max_edges)):
-        (_, forces, stress), sizes = energy_forces_stress(model, batch), batch.n_atoms.tolist()
-        frames = zip(forces.split(sizes), batch.forces.split(sizes)), zip(stress, batch.stress)
-        for out, pairs in zip(slopes, frames):
-            out += [((p * label).sum() / p.square().sum()).item() for p, label in pairs if p.square().sum() > 1e-9]
-    forces, stress = (f"{np.nanmedian(x):.3f}" if np.isfinite(x).any() else "-" for x in slopes)
-    print(f"labels = slope x prediction, median over frames: forces {forces}, stress {stress}")
-    print("  about 1: same units and sign; stress -1: the other sign; 160: GPa; 1602: kbar, not eV/A^3")
-    ours, theirs = packed.meta["statistics"], dict(zip(model.config["atomic_numbers"], model.e0.tolist()))
-    gaps = {z: e0 - theirs[z] for z, e0 in zip(ours["atomic_numbers"], ours["atom_energies"]) if z in theirs}
-    worst = sorted(gaps, key=lambda z: -abs(gaps[z]))[:5]
-    print(
-        f"E0s, set less weights: median {np.median([*gaps.values()]):+.3f} eV; largest, perhaps of few frames: ", end=""
-    )
-    print(", ".join(f"Z={z} {gaps[z]:+.3f} eV" for z in worst))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -444,52 +380,39 @@ def train(a, device, rank, ranks):
     eval_every = a.eval_every or max(min(round(steps_per_epoch), total // 10), 1)
     out = Path(a.out or f"runs/{Path(a.data).name}")
 
-    # Model, optimizer. Nothing is drawn at random after the initial weights: the position in the data is the step.
+    # Nothing is drawn at random but the initial weights and the order of the data, which is a function of the step.
     torch.manual_seed(a.seed)
     if a.init:
         check_elements(model, packed, np.append(train_frames, val_frames))
     else:
         dtype, tf32 = nequix.PRECISIONS[a.precision]
-        stats = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
-        config = {**stats, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
+        statistics = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
+        config = {**statistics, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
         model = Nequix(config, a.conv, tf32).to(device, dtype)
     optimizer = make_optimizer(model, a)
     trainer = Trainer(model, optimizer, (a.energy_weight, a.force_weight, a.stress_weight), a.grad_clip, a.ema)
-    ema, max_edges = trainer.ema, a.max_edges or edges_that_fit(model, device)
+    max_edges = a.max_edges or edges_that_fit(model, device)
 
     # Resume. Rank 0 reads the checkpoint for all.
-    step, train_s, gpu_h, history = 0, 0.0, 0.0, []
-    losses = torch.full((1000,), torch.nan, device=device)  # of the last steps
-    fixed = {k: v for k, v in vars(a).items() if k not in FREE} | {"data_sha256": packed.meta["data_sha256"]}
-    state_file, (_, sources_sha256), state = out / "state.pt", sources(), None
-    if rank == 0 and state_file.exists():
-        try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
-            differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if fixed.get(k, v) != v]
-        except Exception as e:
-            why = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(f"{state_file} can't be read ({why}): remove {out} to start anew") from None
-        if differ:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(differ)}): choose another --out")
-        if state["step"] == total and state["sources_sha256"] != sources_sha256:
-            raise ValueError(f"{out} holds a run that ended with other sources: choose another --out")
+    step, train_s, gpu_h, history, losses = (
+        0,
+        0.0,
+        0.0,
+        [],
+        torch.full((1000,), torch.nan, device=device),
+    )  # of last steps
+    parts = dict(model=model, ema=trainer.ema, optimizer=optimizer)
+    fixed = {k: v for k, v in vars(a).items() if k not in FREE}
+    fixed |= {"data_sha256": packed.meta["data_sha256"], "E0s": sum(model.config["atom_energies"])}
+    state_file, sources_sha256 = out / "state.pt", sources()[1]
+    box = [read_state(state_file, fixed, total, sources_sha256) if rank == 0 else None]
     if ranks > 1:
-        box = [state]
         dist.broadcast_object_list(box, 0)
-        state = box[0]
-    if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := box[0]:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         losses.copy_(state["losses"])
         step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
-    if a.refit_e0:
-        e0 = state["e0"].to(device) if state else refitted_e0(model, packed, train_frames, max_edges)
-        if ranks > 1:
-            dist.broadcast(e0, 0)
-        for m in (model, ema):
-            m.e0.copy_(e0)
-            m.config["atom_energies"] = e0.tolist()
     out.mkdir(parents=True, exist_ok=True)
 
     def log(text, screen=True):
@@ -510,8 +433,7 @@ def train(a, device, rank, ranks):
 
     def last_losses(end):
         """Of up to 1,000 steps before `end`. Raises ValueError if they are in trouble."""
-        first = max(end - len(losses), 0)
-        last = losses.tolist()
+        first, last = max(end - len(losses), 0), losses.tolist()
         last = [last[s % len(losses)] for s in range(first, end)]
         if found := trouble(last):
             s = first + found[0]
@@ -521,33 +443,41 @@ def train(a, device, rank, ranks):
         return last
 
     def save(loss=None):
-        """Called in a step when the loss of the weights is known, before they are updated: no weights are saved that don't work."""
+        """Write a checkpoint: in a step, when the loss of the weights is known, before they are updated; and at the end."""
         nonlocal saved, saved_at
         if loss is not None:
             losses[step % len(losses)] = loss
         last, saved_at = last_losses(step + (loss is not None)), time.monotonic()
-        if len(last) >= 200 and last[-1] > 10 * statistics.median(last):
+        if len(last) >= 200 and last[-1] > 10 * median(last):
             return  # suspect: keep the checkpoint before
         stop_clock()
-        numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=losses, e0=model.e0)
-        parts = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-        save_state(state_file, dict(fixed=fixed, sources_sha256=sources_sha256, **parts, **numbers))
+        numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=losses)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        with open(
+            f"{state_file}.tmp", "wb"
+        ) as f:  # the file appears whole or not at all, even if the machine goes down
+            torch.save(dict(fixed=fixed, sources_sha256=sources_sha256, **numbers, **states), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f.name, state_file)
         saved = step
 
     def validate():
-        mae, base = evaluate(
-            ema, packed, val_frames, max_edges // 2, rank, ranks
-        )  # half: a CUDA graph keeps its memory
+        mae, baseline = evaluate(
+            trainer.ema, packed, val_frames, max_edges // 2, rank, ranks
+        )  # CUDA graphs keep memory
         text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
         if history:
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-            loss = statistics.fmean(last_losses(step)[history[-1][0] - step :])
+            loss = fmean(last_losses(step)[history[-1][0] - step :])
             text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_h:.4f} rate={rate:.1f} structures/s"
             text += f" memory={memory:.2f} GiB"
+            if rank == 0:
+                nequix.save(out / "model.pt", trainer.ema)
         else:
-            log(BASELINE.format(*base))
-        history.append([step, mae, train_s, base])
+            log(BASELINE.format(*baseline))
+        history.append([step, mae, train_s, baseline])
         log(text)
 
     def pieces_of(s):
@@ -558,10 +488,14 @@ def train(a, device, rank, ranks):
     def batches_from(first):
         return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s)))
 
-    log(run_header(a, packed, device, ranks, model), screen=False)
-    other = ", with other sources than before: see above" if state and state["sources_sha256"] != sources_sha256 else ""
-    plan = f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)"
-    log(f"resumed at step {step} of {total}{other}" if state else plan)
+    log(run_header(a, packed, model, ranks), screen=False)
+    if state:
+        edited = ", with other sources than before: see above" * (state["sources_sha256"] != sources_sha256)
+        log(f"resumed at step {step} of {total}{edited}")
+    else:
+        log(
+            f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)"
+        )
 
     # Warm-up, outside the clock: kernels are compiled, and a CUDA graph gets room for the largest of the next 1,000 steps.
     if device.type == "cuda" and step < total:
@@ -598,20 +532,18 @@ def train(a, device, rank, ranks):
             if step % eval_every == 0 or step == total:
                 stop_clock()
                 validate()
-                if rank == 0:
-                    nequix.save(out / "model.pt", ema)
                 start = time.perf_counter()
     except KeyboardInterrupt:
         bar.close()
         log(f"interrupted at step {step} of {total}; the same command goes on from step {saved}, the last checkpoint")
         raise
     bar.close()
+    _, mae, _, baseline = history[-1]
     if rank == 0:
         if saved < step:
             save()
-        draw_curve(out / "curve.png", history, history[-1][3])
-    log(BASELINE.format(*history[-1][3]))
-    mae = history[-1][1]
+        draw_curve(out / "curve.png", history, baseline)
+    log(BASELINE.format(*baseline))
     log(
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
         f"stress_mae_mev_A3_atom={mae[2]:.5f} train_s={train_s:.2f} gpu_h={gpu_h:.5f}"
@@ -640,11 +572,7 @@ def main():
             a.data = default_data()
             if rank == 0:
                 print(f"data: {a.data}")
-        if a.validate:
-            if rank == 0:
-                validate_weights(a, device)
-        else:
-            train(a, device, rank, ranks)
+        train(a, device, rank, ranks)
         status = 0
     except (ValueError, OSError) as e:
         print(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}", file=sys.stderr)

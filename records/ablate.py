@@ -3,8 +3,8 @@
     python records/ablate.py data/sample runs/ablate.jsonl --base '{"batch": 128, "steps": 422}' < variants.txt
     python records/ablate.py --read runs/ablate*.jsonl             # means over runs with other seeds
 
-The first run is the base, with {}; then each line is added to the base. Keys are options of train.py (lr, vector_lr, decay, weight_decay,
-warmup_epochs, batch, steps, seed, cutoff, hidden, lmax, layers), and
+The first run is the base, with {}; then each line is added to the base. Keys are options of train.py (lr, norm_lr, decay,
+weight_decay, batch, steps, seed, cutoff, hidden, lmax, layers), and
     seconds: about as many steps as fit, for steps       weights: [energy, force, stress] of the loss
     momentum, orthogonal_steps: Muon's                   polar: the coefficients of Polar Express (Amsel et al. 2025)
     momentum_warmup: steps, from 0.85                    normuon: decay of NorMuon's second moments (Li et al. 2025)
@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import kernels
 import muon
 import train
 from data import PackedSet, micro_batches, prefetch, step_indices
@@ -37,21 +39,17 @@ from model import Nequix
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
-OPTIONS = "lr vector_lr decay weight_decay warmup_epochs batch seed cutoff hidden lmax layers".split()  # of train.py
+OPTIONS = "lr norm_lr decay weight_decay batch seed cutoff hidden lmax layers".split()  # of train.py
 KEYS = {
     *OPTIONS,
     *"steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber".split(),
 }
 KEYS |= {*"init float32 energy_first cutoff_first batch_first".split()}
-POLAR = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-]
-POLAR += [
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-]
-POLAR += [(2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
+POLAR = """8.28721201814563 -23.595886519098837 17.300387312530933 4.107059111542203 -2.9478499167379106 0.5448431082926601
+3.9486908534822946 -2.908902115962949 0.5518191394370137 3.3184196573706015 -2.488488024314874 0.51004894012372
+2.300652019954817 -1.6689039845747493 0.4188073119525673"""
+POLAR = np.array(POLAR.split(), float).reshape(5, 3).tolist()
+OLDER = {"vector_lr", "warmup_epochs"}  # keys that only older files have
 newton_schulz, paper_loss = muon.orthogonalize, train.batch_loss
 
 
@@ -67,18 +65,20 @@ class Variant(muon.Muon):
     """Muon with what `v` asks for; Adam takes the matrices `ends` too."""
 
     def __init__(self, params, ends, v, **options):
-        super().__init__(params, **options)
-        self.v, (first, second) = v, self.param_groups
-        first["params"] = [p for p in first["params"] if not any(p is e for e in ends)]
-        second["params"] += ends
+        mine = [p for p in params if p.ndim == 2 and not any(p is e for e in ends)]
+        rest = [p for p in params if not any(p is m for m in mine)]
+        super().__init__(
+            [dict(params=mine), dict(params=rest, use_muon=False, lr_scale=v["norm_lr"], weight_decay=0.0)], **options
+        )
+        self.v, self.decay = v, self.param_groups[0]["weight_decay"]
         if v.get("cautious"):
-            self.decay, first["weight_decay"] = first["weight_decay"], 0.0
+            self.param_groups[0]["weight_decay"] = 0.0
 
-    def orthogonal(self, params, flat, steps):
-        v, group = self.v, self.param_groups[0]
+    def orthogonal(self, group, flat):
+        v, params = self.v, group["params"]
         if v.get("soap"):
             flat = self.soap(group, flat)
-        flat = super().orthogonal(params, flat, steps)
+        flat = super().orthogonal(group, flat)
         updates = [u.view_as(p) for u, p in zip(flat.split([p.numel() for p in params]), params)]
         if v.get("normuon"):
             updates = self.by_row(group, updates, v["normuon"])
@@ -144,40 +144,35 @@ def packed_set(path, cutoff):
 class Stage:
     """Steps with one batch size, one cutoff and one set of loss weights."""
 
-    def __init__(self, path, v, model, cutoff, batch, weights):
-        self.packed, self.batch, self.cutoff, self.model, self.seed = (
-            packed_set(path, cutoff),
-            batch,
-            cutoff,
-            model,
+    def __init__(self, path, v, trainer, **changed):
+        v = v | changed
+        self.packed, self.batch, self.cutoff, self.weights, self.seed = (
+            packed_set(path, v["cutoff"]),
+            v["batch"],
+            v["cutoff"],
+            v["weights"],
             v["seed"],
         )
-        self.frames, self.replay = self.packed.indices(data.TRAIN), train.Replay(model, weights)
+        self.frames, self.trainer = self.packed.indices(data.TRAIN), trainer
+        self.accumulate = trainer.add_gradient
+        if trainer.model.chosen_conv() == "fused":  # its CUDA graph keeps the loss weights: one for each stage
+            self.accumulate = kernels.Replay(trainer.add_gradient, trainer.flat)
 
-    def pieces(self, steps):
-        for s in steps:
-            frames = step_indices(self.frames, self.batch, self.seed, s)
-            yield (
-                train.label_counts(self.packed, frames),
-                micro_batches(frames, self.packed.n_atoms, self.packed.n_edges, MOST_EDGES, MOST_EDGES),
-            )
+    def begin(self):
+        self.trainer.model.config["cutoff"], self.trainer.loss_weights = self.cutoff, self.weights
+        self.trainer.accumulate = self.accumulate
+
+    def pieces(self, step):
+        frames = step_indices(self.frames, self.batch, self.seed, step)
+        return micro_batches(frames, self.packed.n_atoms, self.packed.n_edges, MOST_EDGES, MOST_EDGES)
 
     def build(self):
         """Capture graphs with room for the largest of the first batches, outside the clock."""
-        self.model.config["cutoff"] = self.cutoff
-        some = [p for _, ps in self.pieces(range(50)) for p in ps]
+        self.begin()
+        some = [p for step in range(50) for p in self.pieces(step)]
         for n in (self.packed.n_atoms, self.packed.n_edges):
-            self.replay(self.packed.batch(max(some, key=lambda p: n[p].sum())), np.ones(3))
-
-    def gradients(self, steps):
-        """Adds the gradient of one step after another."""
-        self.model.config["cutoff"] = self.cutoff
-        pieces = list(self.pieces(steps))
-        batches = prefetch(self.packed, (p for _, ps in pieces for p in ps))
-        for counts, ps in pieces:
-            for _ in ps:
-                self.replay(next(batches), counts)
-            yield
+            with torch.no_grad():
+                self.accumulate(self.packed.batch(max(some, key=lambda p: n[p].sum())), np.ones(3))
 
 
 def sync():
@@ -188,84 +183,75 @@ def sync():
 def run(path, v):
     """The result of the variant `v`, whose keys are complete."""
     torch.manual_seed(v["seed"])
-    torch.set_float32_matmul_precision("highest" if v.get("float32") else "high")
     packed = packed_set(path, v["cutoff"])
     stats = packed.meta["statistics"] if v["cutoff"] == packed.meta["cutoff"] else packed.statistics()
-    model = Nequix({**stats, **{k: v[k] for k in ("hidden", "lmax", "layers", "cutoff")}}).to(DEVICE)
+    config = {**stats, **{k: v[k] for k in ("hidden", "lmax", "layers", "cutoff")}}
+    model = Nequix(config, tf32=not v.get("float32")).to(DEVICE)
     params = list(model.parameters())
     ends = [model.readout[0], *model.layers[0].linear_1, *model.layers[0].skip] if v.get("adam_ends") else []
     torch._foreach_mul_([p.data for p in params if p.ndim == 2], v.get("init", 1.0))
     start = [p.detach().clone() for p in params]
-    flat = torch.zeros(sum(p.numel() for p in params), device=DEVICE)
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
     muon.orthogonalize = polar_express if v.get("polar") else newton_schulz
     train.batch_loss = functools.partial(huber_loss, v["huber"]) if v.get("huber") else paper_loss
     options = dict(weight_decay=v["weight_decay"], momentum=v.get("momentum", 0.95), steps=v.get("orthogonal_steps", 5))
     optimizer = functools.partial(Variant, params, ends, v, **options)
+    trainer = train.Trainer(model, optimizer(), v["weights"], decay=AVERAGES[0])
+    averages = [trainer.ema, *(deepcopy(trainer.ema) for _ in AVERAGES[1:])]
 
     # Stages: (part of the steps at which it ends, Stage). One thing at a time.
-    stages = [(1, Stage(path, v, model, v["cutoff"], v["batch"], v["weights"]))]
+    stages = [(1, Stage(path, v, trainer))]
     if "energy_first" in v:
-        stages.insert(
-            0, (v["energy_first"], Stage(path, v, model, v["cutoff"], v["batch"], [v["weights"][0], 0.0, 0.0]))
-        )
+        stages.insert(0, (v["energy_first"], Stage(path, v, trainer, weights=[v["weights"][0], 0.0, 0.0])))
     for key in ("cutoff", "batch"):
         if key + "_first" in v:
             value, part = v[key + "_first"]
-            changed = {**v, key: value}
-            stages.insert(0, (part, Stage(path, v, model, changed["cutoff"], changed["batch"], v["weights"])))
+            stages.insert(0, (part, Stage(path, v, trainer, **{key: value})))
     for _, stage in stages:
         stage.build()
-    averages = [deepcopy(model).requires_grad_(False) for _ in AVERAGES]
 
-    def steps(total, opt):
+    def steps(total):
         """All of a run, step by step."""
         step = 0
         for part, stage in stages:
+            stage.begin()
             end = total if part == 1 else round(part * total)
             # The data go on about where the stage before has left them.
-            first = step if len(stages) == 1 else -(-step * stages[0][1].batch // stage.batch)
-            warmup = v["warmup_epochs"] * len(stage.frames) / stage.batch
-            flat.zero_()
-            for _ in stage.gradients(range(first, first + end - step)):
-                flat.mul_((100 / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1))
-                for group in opt.param_groups:
-                    group["lr"] = learning_rate(v, step, total, warmup) * (
-                        v["vector_lr"] if group["kind"] == "adam" else 1
-                    )
-                    if "momentum_warmup" in v and group["kind"] == "muon":
-                        group["momentum"] = 0.85 + (options["momentum"] - 0.85) * min(step / v["momentum_warmup"], 1)
-                opt.step()
-                for decay, average in zip(AVERAGES, averages):
-                    torch._foreach_lerp_(
-                        list(average.parameters()), [p.data for p in params], 1 - min(decay, (1 + step) / (10 + step))
-                    )
-                flat.zero_()
+            ahead = 0 if len(stages) == 1 else -(-step * stages[0][1].batch // stage.batch) - step
+            batches = prefetch(stage.packed, (p for s in range(step, end) for p in stage.pieces(s + ahead)))
+            while step < end:
+                frames = step_indices(stage.frames, stage.batch, v["seed"], step + ahead)
+                counts, pieces = train.label_counts(stage.packed, frames), stage.pieces(step + ahead)
+                if "momentum_warmup" in v:
+                    warm = min(step / v["momentum_warmup"], 1)
+                    trainer.optimizer.param_groups[0]["momentum"] = 0.85 + (options["momentum"] - 0.85) * warm
+                lr = learning_rate(v, step, total, 0.1 * len(stage.frames) / stage.batch)
+                if trainer.step(islice(batches, len(pieces)), counts, lr, step) is None:
+                    raise RuntimeError("out of GPU memory")
+                for decay, average in zip(AVERAGES[1:], averages[1:]):
+                    rate = 1 - min(decay, (1 + step) / (10 + step))
+                    torch._foreach_lerp_(list(average.parameters()), [p.data for p in params], rate)
                 step += 1
                 yield step
 
     total = v.get("steps")
     if "seconds" in v:  # ms of a step: of the second half of 40, after which all is as before
-        sync()
-        for step in steps(40, optimizer()):
+        for step in steps(40):
             if step == 20:
                 sync()
                 began = time.perf_counter()
         sync()
         total = round(v["seconds"] / (time.perf_counter() - began) * 20)
-        for p, s in zip(params, start):
-            p.data.copy_(s)
-        for average in averages:
-            torch._foreach_copy_(list(average.parameters()), start)
-    opt = optimizer()
+        for m in (model, *averages):
+            torch._foreach_copy_([p.data for p in m.parameters()], start)
+        trainer.optimizer = optimizer()
     sync()
     began = time.perf_counter()
-    for _ in tqdm(steps(total, opt), total=total, leave=False, disable=None):
+    for _ in tqdm(steps(total), total=total, leave=False, disable=None):
         pass
     sync()
     seconds = time.perf_counter() - began
-    model.config["cutoff"] = v["cutoff"]
+    for m in (model, *averages):
+        m.config["cutoff"] = v["cutoff"]
     val = packed.indices(data.VAL)
     errors = lambda m: [round(x, 3) for x in train.evaluate(m, packed, val, MOST_EDGES // 2)[0]]
     errors = {"last": errors(model), **{str(d): errors(m) for d, m in zip(AVERAGES, averages)}}
@@ -289,7 +275,7 @@ def table(files, average):
                 base = line["base"]
                 bases.append(base | dict(seed=None, device=line["device"], data=line["data"]))
             elif average in line:
-                changes = {k: v for k, v in line.items() if k in KEYS - {"seconds"} and v != base.get(k)}
+                changes = {k: v for k, v in line.items() if k in OLDER | KEYS - {"seconds"} and v != base.get(k)}
                 results.setdefault(json.dumps(changes), []).append(line[average])
     if any(b != bases[0] for b in bases):
         raise ValueError("runs with different bases: a table for each")

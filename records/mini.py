@@ -85,7 +85,8 @@ def main():
     print(text)
     (a.out / "summary.txt").write_text(" ".join(sys.argv) + "\n" + text + "\n")
     if a.test:
-        said = [python(*TRAIN, *options, "--validate", a.out / f"seed{k}/model.pt", "--test") for k in range(a.seeds)]
+        validate = Path(__file__).parent / "validate.py", "--data", "data/sample", "--precision", "tf32", "--test"
+        said = [python(*validate, a.out / f"seed{k}/model.pt") for k in range(a.seeds)]
         text = table("test", [[float(x) for x in ERRORS.search(s).groups()] for s in said], range(a.seeds))
         print(text)
         with open(a.out / "summary.txt", "a") as f:

@@ -1,0 +1,95 @@
+"""Errors of given weights on a packed set; and what betrays labels of another kind: E0s, units, the sign of the stress.
+
+    python records/validate.py nequix-mp-1 --data data/mptrj --frames 200
+    python records/validate.py runs/sample/model.pt --data data/sample --test                # once, for a record
+    python records/validate.py nequix-mp-1 --data data/mine --refit-e0 refitted.pt           # then train.py --init refitted.pt
+
+The last one fits the E0s, the energies of the isolated atoms, to what energy the model leaves of the training frames: for data
+of another functional or other pseudopotentials. Elements that the data lack keep theirs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import model as nequix
+from data import PackedSet, composition, micro_batches, prefetch
+from train import BASELINE, check_elements, edges_that_fit, evaluate
+
+
+@torch.no_grad()
+def slopes(model, packed, pieces):
+    """Median over frames of sum(label x prediction) / sum(prediction^2), of forces and of stress."""
+    found = [], []
+    for batch in prefetch(packed, pieces):
+        (_, forces, stress), sizes = nequix.energy_forces_stress(model, batch), batch.n_atoms.tolist()
+        frames = zip(forces.split(sizes), batch.forces.split(sizes)), zip(stress, batch.stress)
+        for out, pairs in zip(found, frames):
+            out += [((p * label).sum() / p.square().sum()).item() for p, label in pairs if p.square().sum() > 1e-9]
+    return [np.nanmedian(x) if np.isfinite(x).any() else np.nan for x in found]
+
+
+@torch.no_grad()
+def refitted_e0(model, packed, indices, max_edges):
+    """The model's E0s, eV, plus the least-squares fit, of least norm, to the energy that it leaves of the frames `indices`."""
+    pieces = micro_batches(indices[packed.has_energy[indices]], packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    batches = prefetch(packed, tqdm(pieces, "fitting E0s", leave=False, disable=None))
+    left = np.concatenate([(b.energy - nequix.energy_forces_stress(model, b)[0]).cpu() for b in batches])
+    counts = composition(packed.numbers, packed.offsets)[np.concatenate(pieces)][:, model.config["atomic_numbers"]]
+    counts = counts.astype(float)
+    return model.e0.cpu().numpy() + np.linalg.lstsq(counts.T @ counts, counts.T @ left, rcond=None)[0]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("weights", help="a released name, an .nqx file or a model.pt")
+    p.add_argument("--data", required=True, help="a packed set")
+    p.add_argument("--frames", type=int, help="so many frames, drawn at random (default: all)")
+    p.add_argument("--test", action="store_true", help="the test split, in place of validation")
+    p.add_argument("--refit-e0", metavar="FILE", help="write the weights there, with E0s fitted to the training frames")
+    p.add_argument("--precision", choices=list(nequix.PRECISIONS), default="float32", help="default: float32")
+    p.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
+    )
+    a = p.parse_args()
+    try:
+        model = nequix.load(a.weights, a.device, a.precision)
+        packed = PackedSet(a.data, model.config["cutoff"], a.device)
+        split, indices = ("test", packed.indices(data.TEST)) if a.test else ("validation", packed.indices(data.VAL))
+        indices = np.sort(np.random.RandomState(0).permutation(indices)[: a.frames])
+        if len(indices) == 0:
+            raise ValueError(f"{a.data} has no {split} frames")
+        check_elements(model, packed, np.append(indices, packed.indices(data.TRAIN)) if a.refit_e0 else indices)
+        max_edges = edges_that_fit(model, packed.device)
+        if a.refit_e0:
+            model.config["atom_energies"] = refitted_e0(model, packed, packed.indices(data.TRAIN), max_edges).tolist()
+            model.e0.copy_(torch.tensor(model.config["atom_energies"], dtype=torch.float64))
+            nequix.save(a.refit_e0, model)
+        (energy, forces, stress), baseline = evaluate(model, packed, indices, max_edges)
+        by_force, by_stress = slopes(
+            model, packed, micro_batches(indices, packed.n_atoms, packed.n_edges, max_edges, max_edges)
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    print(f"{a.weights} on {len(indices)} {split} frames of {a.data}, {model.precision}, {model.chosen_conv()}:")
+    print(f"energy MAE {energy:.2f} meV/atom, force MAE {forces:.2f} meV/A, stress MAE {stress:.3f} meV/A^3/atom")
+    print(BASELINE.format(*baseline))
+    print(f"labels = slope x prediction, median over frames: forces {by_force:.3f}, stress {by_stress:.3f}")
+    print("  about 1: same units and sign; stress -1: the other sign; 160: GPa; 1602: kbar, not eV/A^3")
+    of_set = dict(zip(*(packed.meta["statistics"][k] for k in ("atomic_numbers", "atom_energies"))))
+    of_model = dict(zip(model.config["atomic_numbers"], model.config["atom_energies"]))
+    gaps = {z: of_set[z] - of_model[z] for z in of_set.keys() & of_model.keys()}
+    worst = ", ".join(f"Z={z} {gaps[z]:+.3f}" for z in sorted(gaps, key=lambda z: -abs(gaps[z]))[:5])
+    print(
+        f"E0s, those of the set less those of the weights, eV: median {np.median([*gaps.values()]):+.3f}; largest {worst}"
+    )
+
+
+if __name__ == "__main__":
+    main()
