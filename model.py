@@ -1,26 +1,26 @@
-"""Nequix, the model of "Training a Foundation Model for Materials on a Budget" (Koker, Kotak, Smidt 2025, arXiv:2508.16067):
-a simplified NequIP (Batzner et al. 2022) with an equivariant RMSNorm, in plain PyTorch.
+"""Nequix: the model of "Training a Foundation Model for Materials on a Budget" (Koker, Kotak, Smidt 2025,
+arXiv:2508.16067), a simplified NequIP (Batzner et al. 2022) with an equivariant RMSNorm, in plain PyTorch.
 
-    model = load("nequix-mp-1")                                   # released weights, an .nqx file, or a checkpoint of ours
+    model = load("nequix-mp-1")                                   # released weights, an .nqx file, or our checkpoint
     energy, forces, stress = energy_forces_stress(model, batch)   # a Batch of data.py
 
-The equations, in the order of this file. h_i are the features of atom i, j runs over its neighbours within the cutoff, and
-r_ij = r_j - r_i. Weights W mix the channels of each degree l.
+The equations, in the order of this file. h_i: features of atom i; j: its neighbours within the cutoff; r_ij: r_j - r_i;
+W: matrices that mix the channels of each degree l.
 
-    (1)  B(r)   = sqrt-free Bessel functions x polynomial cutoff                         radial basis
-    (2)  Y(u)   = real spherical harmonics up to l = 3 of the unit vector u              angular basis
-    (3)  m_i    = 1/sqrt(n) sum_j MLP(B(r_ij)) * CG(W1 h_j, Y(u_ij))                     convolution
-    (4)  v_i    = W2 m_i + W3 h_i                                                        skip connection
-    (5)  v_i    = RMSNorm(v_i)                                                           normalization
-    (6)  h_i    = gate(v_i)                                                              nonlinearity
-    (7)  E      = sum_i scale * w h_i + shift + E0(species i)                            energy
-    (8)  F_i    = -dE/dr_i,  stress = 1/V dE/dstrain                                     forces and stress
+    (1)  B(r)    Bessel functions times a polynomial cutoff                          radial basis
+    (2)  Y(u)    real spherical harmonics, l <= 3, of the unit vector u              angular basis
+    (3)  m_i  =  1/sqrt(n) sum_j MLP(B(r_ij)) * CG(W1 h_j, Y(u_ij))                  convolution
+    (4)  v_i  =  W2 m_i + W3 h_i                                                     skip connection
+    (5)  v_i  -> RMSNorm(v_i)                                                        normalization
+    (6)  h_i  =  gate(v_i)                                                           nonlinearity
+    (7)  E    =  sum_i scale (w h_i) + shift + E0(species of i)                      energy, after the last layer
+    (8)  F_i  =  -dE/dr_i,  stress = 1/V dE/dstrain                                  forces and stress
 
-Features are a list with one tensor for each degree l, (A, 2l+1, mul_l). The channels come last, so every linear map is one
+Features are a list with one tensor for each degree l, (A, 2l+1, mul_l). Channels come last, so a linear map is one
 matrix product. Only natural parity (0e, 1o, 2e, 3o) occurs, so l names an irrep. Sizes: A atoms, E edges, S structures.
 
-The network runs in the dtype of its weights. Edge vectors, radial basis, harmonics and the sums of energies and forces are
-always float64: this costs nothing beside the network and removes most of the rounding error of float32 forces.
+The network runs in the dtype of its weights. Edge vectors, bases, and the sums of energies and forces are always
+float64: this costs nothing beside the network and removes most of the rounding error of float32 forces.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ from torch.nn.functional import one_hot, silu
 # ----------------------------------------------------------------------------------------------------------------------
 # (1) and (2): radial and angular basis
 
-# MKL picks the code of a function when it is first called. If several threads do that at once, one of them may get code with
-# half the digits (github.com/pytorch/pytorch/issues/188792). So call it once here, from one thread.
+# MKL picks the code of a function when it is first called. If several threads do that at once, one of them may get code
+# with half the digits (github.com/pytorch/pytorch/issues/188792). So call it once here, from one thread.
 torch.ones(1, dtype=torch.float64).sin()
 
 
@@ -49,7 +49,7 @@ def radial_basis(r, cutoff, n_basis, p):
 
     r: (E,) lengths in A -> (E, n_basis)
     """
-    # n pi is rounded to float32, as in the official code, even in float64. Exact values would shift energies by 1e-6 eV/atom.
+    # Copies the official float32 rounding, even in float64. Exact n pi would shift energies by 1e-6 eV/atom.
     n_pi = (torch.arange(1, n_basis + 1, dtype=torch.float32, device=r.device) * math.pi).to(r.dtype)
     bessel = 2 / cutoff * torch.sin(n_pi / cutoff * r[:, None]) / r[:, None]
     x = (r / cutoff).clamp(max=1)
@@ -77,8 +77,8 @@ def harmonics(u):
 def clebsch_gordan(l1, l2, l3):
     """Coupling of degrees l1 and l2 to l3, (2l1+1, 2l2+1, 2l3+1), float64: e3nn's `wigner_3j` times sqrt(2 l3 + 1).
 
-    For natural parity (l1 + l2 + l3 even) these are integrals of three harmonics over the sphere, up to normalization. The
-    quadrature is exact: 8 Gauss-Legendre points in y and 16 angles around it, for a polynomial of degree 9 at most.
+    For natural parity (l1 + l2 + l3 even) these are integrals of three harmonics over the sphere, up to normalization.
+    The quadrature is exact: 8 Gauss-Legendre points in y and 16 angles around it, for polynomials up to degree 9.
     """
     y, w = map(torch.from_numpy, np.polynomial.legendre.leggauss(8))
     phi = torch.arange(16, dtype=torch.float64) * (math.pi / 8)
@@ -100,8 +100,8 @@ def clebsch_gordan(l1, l2, l3):
 #   hidden   (E, 64)                last hidden layer of the radial MLP                receiver; row_ptr[i]:row_ptr[i+1]
 #   w3       (64, W)                its output layer: one weight a path and channel    are those of receiver i
 #
-# The output has the same order; its channels at degree l are the paths into l, sorted by input l, then SH l. There are three
-# functions of this kind: plain torch (the reference), OpenEquivariance (at the end of this file), and the fused kernels.
+# The output has the same order. Its channels at degree l are the paths into l, sorted by input l, then SH l. Three
+# functions do this: plain torch (the reference, here), OpenEquivariance (at the end of this file), the fused kernels.
 
 
 def paths(l_in, lmax, l_out):
@@ -202,16 +202,16 @@ class Layer(nn.Module):
 def rms_norm(xs, weights):
     """Equivariant RMSNorm without centring, one weight for each channel.
 
-    As in the official code, which the released weights need: the sum runs over channels, the mean over degrees, and degree l
-    is weighted by 1/(2l+1)^2. (The norm of eSEN, on which it is based, averages over channels.)
+    As in the official code, and the released weights need it so: sum over channels, mean over degrees, degree l
+    weighted by 1/(2l+1)^2. (The norm of eSEN, on which it is based, averages over channels.)
     """
     square = sum(x.square().sum((1, 2)) / (2 * l + 1) ** 2 for l, x in enumerate(xs)) / len(xs)  # (A,)
     inverse = torch.rsqrt(square + 1e-12)[:, None, None]
     return [x * inverse * w for x, w in zip(xs, weights)]
 
 
-# 1 / sqrt(E[silu(z)^2]) for a unit normal z, on e3nn-jax' grid of 1,000,001 normal quantiles. The released weights need this
-# value: the one that e3nn samples for torch differs in the third digit.
+# 1 / sqrt(E[silu(z)^2]) for a unit normal z, on e3nn-jax' grid of 1,000,001 normal quantiles. The released weights need
+# this value: the one that e3nn samples for torch differs in the third digit.
 SILU_NORM = 1.6765620560798837
 
 
@@ -235,9 +235,11 @@ def parse_hidden(text):
 
 
 class Nequix(nn.Module):
-    """config: atomic_numbers (the species, in order) and atom_energies (E0, eV, one for each species); avg_n_neighbors, scale
-    (eV/A) and shift (eV), as from `PackedSet.statistics()`; and the keys of DEFAULTS. conv: see `choose_conv`. tf32: float32
-    products on CUDA in TF32. Raises ValueError for a bad configuration.
+    """The network.
+
+    config: atomic_numbers (the species, in order) and atom_energies (E0, eV, one for each); avg_n_neighbors, scale
+    (eV/A) and shift (eV), as from `PackedSet.statistics()`; and the keys of DEFAULTS. conv: as in `choose_conv`. tf32:
+    dense products on CUDA in TF32. Raises ValueError for a bad configuration.
     """
 
     DEFAULTS = dict(cutoff=6.0, hidden="128x0e+64x1o+32x2e+32x3o", lmax=3, layers=4)  # Table A.1; the cutoff in A
@@ -280,9 +282,9 @@ class Nequix(nn.Module):
     def forward(self, numbers, vectors, senders, row_ptr):
         """Energy of each atom, eV, (A,) float64, without E0.
 
-        numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv. The
-        fused kernels (the default on CUDA) are differentiable once, and by the vectors alone: train.loss_and_gradient has the
-        gradients of the weights.
+        numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv.
+        The fused kernels (the default on CUDA) are differentiable once, and by the vectors alone. Gradients of the
+        weights are those of train.loss_and_gradient.
         """
         config, conv = self.config, self.chosen_conv()
         with dense_products(self.tf32):
@@ -302,8 +304,8 @@ class Nequix(nn.Module):
 
 @contextlib.contextmanager
 def dense_products(tf32):
-    """Dense float32 products on CUDA in TF32, or exact. torch has one switch for the whole process: it is set for a block
-    only, so that the precision of a model is its own."""
+    """Dense float32 products on CUDA in TF32, or exact. torch has one switch for the whole process. It is set for a
+    block only, so that the precision of a model is its own."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
@@ -320,9 +322,10 @@ def energy_forces_stress(model, batch, create_graph=False):
     """E (S,) eV, F = -dE/dr (A, 3) eV/A, stress = (1/V) dE/dstrain (S, 3, 3) eV/A^3 (positive: tensile; NaN where the
     cell is not periodic in three directions); all float64.
 
-    The energy depends on positions and cell through the edge vectors alone, so one backward gives everything: the sums of
+    The energy depends on positions and cell through the edge vectors alone, so one backward gives everything: sums of
     dE/dvector over the edges of an atom, and of the products vector x dE/dvector over those of a structure.
-    create_graph: keep the graph, to train on forces and stress. Raises ValueError if that is asked of the fused kernels.
+    create_graph: keep the graph, to train on forces and stress. Raises ValueError if that is asked of the fused
+    kernels.
     """
     if create_graph and model.chosen_conv() == "fused":
         raise ValueError("the fused kernels have no second derivative: use conv='torch' or train.loss_and_gradient")
@@ -376,7 +379,7 @@ def save(path, model):
 
 
 def released(name):
-    """Path of released weights in the user's cache; downloaded if they are not there. Raises OSError with a one-line reason."""
+    """Path of released weights in the user's cache, downloaded if they are not there. Raises OSError."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modded-nequix" / f"{name}.nqx"
     commit, sha256 = RELEASED[name]
     url = f"https://github.com/atomicarchitects/nequix/raw/{commit}/models/{name}.nqx"
@@ -390,8 +393,8 @@ def released(name):
 
 
 def load(path, device="cpu", precision="float32", conv="auto"):
-    """A model for inference (its weights take no gradients) from a checkpoint of ours, an official `.nqx` file, or a name in
-    RELEASED, which is downloaded once. precision: "float32", "tf32" or "float64".
+    """A model for inference (its weights take no gradients) from a checkpoint of ours, an official `.nqx` file, or a
+    name in RELEASED, which is downloaded once. precision: "float32", "tf32" or "float64".
 
     Raises OSError if there is no such file, or ValueError with a one-line reason if it is damaged or not supported.
     """
@@ -453,8 +456,8 @@ def load_nqx(path):
 
 
 def choose_conv(kind, device, dtype=torch.float32, config=None):
-    """The convolution that runs for networks of `dtype` and `config` (default: the paper's) on `device`; "auto" takes the
-    fastest that works. Raises ValueError if the one that was asked for does not work here."""
+    """The convolution that runs for networks of `dtype` and `config` (default: the paper's) on `device`; "auto" takes
+    the fastest that works. Raises ValueError if the one that was asked for does not work here."""
     config = {**Nequix.DEFAULTS, **(config or {})}
     for choice in ("fused", "oeq", "torch") if kind == "auto" else (kind,):
         why_not = None

@@ -38,7 +38,7 @@ from muon import Muon
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyper-parameters
 
-# The mini track: Muon moves a weight by a fraction of --lr a step, and 460 steps must take it away from its initial value.
+# For the mini track. Muon moves a weight by a fraction of --lr a step: 460 steps must take it far from its first value.
 FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, norm_lr=2.0, decay="linear")
 FAST |= dict(weight_decay=0.1, ema=0.9, force_weight=10.0)
 ARCHITECTURE = "hidden lmax layers cutoff".split()
@@ -133,7 +133,7 @@ def batch_loss(batch, predicted, weights, counts):
 
 
 def label_counts(packed, indices):
-    """Structures with an energy, atoms with forces, stress components, (3,): what the loss of `indices` is divided by."""
+    """What the loss of `indices` is divided by, (3,): structures with energy, atoms with forces, stress components."""
     forces = packed.n_atoms[indices][packed.has_forces[indices]].sum()
     counts = packed.has_energy[indices].sum(), forces, 9 * packed.has_stress[indices].sum()
     return np.maximum(counts, 1.0)
@@ -142,9 +142,9 @@ def label_counts(packed, indices):
 def loss_and_gradient(model, batch, weights, counts):
     """This batch's share of the loss, and its gradient by the model's parameters, a list.
 
-    Forces and stress are linear in g = dE/dvector. So the gradient of the loss L(E, g) by the weights is that of
-    sum over atoms of (dL/dE) E + D, where D is the derivative of the energy along the direction dL/dg of the edge vectors.
-    The fused kernels compute D forward, as a tangent, and nothing is differentiated twice. Elsewhere autograd does that.
+    Forces and stress are linear in g = dE/dvector. So the gradient of the loss L(E, g) by the weights is that of the
+    sum over atoms of (dL/dE) E, plus D: the derivative of the energy along the direction dL/dg of the edge vectors. The
+    fused kernels compute D forward, as a tangent, and nothing is differentiated twice. Elsewhere autograd does that.
     """
     params = list(model.parameters())
     with torch.enable_grad(), dense_products(model.tf32):
@@ -196,9 +196,9 @@ def evaluate(model, packed, indices, max_edges, rank=0, ranks=1):
 
 
 class Trainer:
-    """A model, the exponential moving average of its weights (`ema`, a copy of the model), its optimizer; and a training step.
+    """A model, a copy of it with averaged weights (`ema`), its optimizer, and the training step.
 
-    loss_weights: of energy, forces and stress. grad_clip: largest norm of the gradient. decay: of the average.
+    loss_weights: of energy, forces and stress. grad_clip: largest norm of the gradient. decay: of the moving average.
     """
 
     def __init__(self, model, optimizer, loss_weights, grad_clip=100.0, decay=0.999):
@@ -223,23 +223,23 @@ class Trainer:
 
     @torch.no_grad()
     def step(self, batches, counts, lr, t, before_update=None):
-        """Step number t with learning rate lr, on the micro-batches of this rank. counts: those of `label_counts`, of all ranks.
+        """Step number t, with learning rate lr, on the micro-batches of this rank. counts: `label_counts` of all ranks.
 
-        Returns the loss, a tensor without dimensions, which is NaN if a gradient is not finite; or None if the GPU's memory
-        does not suffice: then nothing has changed. before_update(loss) is called when the loss of the weights is known.
-        Nothing here waits for the GPU.
+        Returns the loss, a scalar tensor, NaN if the gradient is not finite; or None if the GPU's memory does not
+        suffice, and then nothing has changed. before_update(loss) is called when the loss of the weights is known,
+        before they are updated. Nothing here waits for the GPU.
         """
         self.flat.zero_()
         try:
             for batch in batches:
-                self.accumulate(batch, counts)
+                self.accumulate(batch, counts)  # the gradient, and the loss
         except torch.cuda.OutOfMemoryError:
             return None
         if dist.is_initialized():
-            dist.all_reduce(self.flat)
-        gradient, loss = self.flat[:-1], self.flat[-1].clone()
+            dist.all_reduce(self.flat)  # the sum over ranks
+        gradient, loss = self.flat[:-1], self.flat[-1]
         norm = torch.linalg.vector_norm(gradient)
-        loss += 0 * norm
+        loss = loss + 0 * norm
         if before_update:
             before_update(loss)
         gradient *= (self.grad_clip / (norm + 1e-6)).clamp(max=1)
@@ -264,8 +264,8 @@ def default_data():
 
 
 def edges_that_fit(model, device):
-    """Edges of a micro-batch: by the free memory, and bytes an edge takes in the paper's network. If these are too many,
-    training halves them."""
+    """Edges of a micro-batch, by the free memory and the bytes that an edge takes in the paper's network. Training
+    halves this if it was too much."""
     if device.type == "cpu":
         return 20_000
     size = dict(fused=9_000, oeq=60_000, torch=450_000)[model.chosen_conv()]
@@ -273,7 +273,8 @@ def edges_that_fit(model, device):
 
 
 def learning_rate(step, total, warmup, peak, decay="cosine"):
-    """From 0.2 of the peak up, linear, then to 1e-6 at `total` along a cosine (optax.warmup_cosine_decay_schedule) or a line."""
+    """Linear warm-up from 0.2 of the peak, then down to 1e-6 at step `total`, along a line or a cosine (that is
+    optax.warmup_cosine_decay_schedule)."""
     if step < warmup:
         return peak * (0.2 + 0.8 * step / warmup)
     x = min((step - warmup) / max(total - warmup, 1), 1)
@@ -282,10 +283,10 @@ def learning_rate(step, total, warmup, peak, decay="cosine"):
 
 def make_optimizer(model, a):
     matrices, norms = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
-    groups = [
+    groups = (
         dict(params=matrices, weight_decay=a.weight_decay),
         dict(params=norms, weight_decay=0.0, lr_scale=a.norm_lr),
-    ]
+    )
     groups = [g for g in groups if g["params"]]
     return Muon(groups, lr=a.lr) if a.optimizer == "muon" else torch.optim.AdamW(groups, lr=a.lr)
 
@@ -394,13 +395,8 @@ def train(a, device, rank, ranks):
     max_edges = a.max_edges or edges_that_fit(model, device)
 
     # Resume. Rank 0 reads the checkpoint for all.
-    step, train_s, gpu_h, history, losses = (
-        0,
-        0.0,
-        0.0,
-        [],
-        torch.full((1000,), torch.nan, device=device),
-    )  # of last steps
+    step, train_s, gpu_h, history = 0, 0.0, 0.0, []
+    losses = torch.full((1000,), torch.nan, device=device)  # of the last 1,000 steps
     parts = dict(model=model, ema=trainer.ema, optimizer=optimizer)
     fixed = {k: v for k, v in vars(a).items() if k not in FREE}
     fixed |= {"data_sha256": packed.meta["data_sha256"], "E0s": sum(model.config["atom_energies"])}
@@ -443,7 +439,7 @@ def train(a, device, rank, ranks):
         return last
 
     def save(loss=None):
-        """Write a checkpoint: in a step, when the loss of the weights is known, before they are updated; and at the end."""
+        """Write a checkpoint. In a step: when the loss of the weights is known, before they are updated."""
         nonlocal saved, saved_at
         if loss is not None:
             losses[step % len(losses)] = loss
@@ -453,9 +449,7 @@ def train(a, device, rank, ranks):
         stop_clock()
         numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=losses)
         states = {name: part.state_dict() for name, part in parts.items()}
-        with open(
-            f"{state_file}.tmp", "wb"
-        ) as f:  # the file appears whole or not at all, even if the machine goes down
+        with open(f"{state_file}.tmp", "wb") as f:  # state.pt is whole or not there, even if the machine goes down
             torch.save(dict(fixed=fixed, sources_sha256=sources_sha256, **numbers, **states), f)
             f.flush()
             os.fsync(f.fileno())
@@ -463,10 +457,10 @@ def train(a, device, rank, ranks):
         saved = step
 
     def validate():
-        mae, baseline = evaluate(
-            trainer.ema, packed, val_frames, max_edges // 2, rank, ranks
-        )  # CUDA graphs keep memory
-        text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
+        half = max_edges // 2  # a CUDA graph keeps its memory
+        mae, baseline = evaluate(trainer.ema, packed, val_frames, half, rank, ranks)
+        text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A "
+        text += f"stress={mae[2]:.3f} meV/A^3/atom"
         if history:
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
@@ -493,11 +487,10 @@ def train(a, device, rank, ranks):
         edited = ", with other sources than before: see above" * (state["sources_sha256"] != sources_sha256)
         log(f"resumed at step {step} of {total}{edited}")
     else:
-        log(
-            f"{len(train_frames)} training and {len(val_frames)} validation frames; {total} steps of {a.batch}; {ranks} rank(s)"
-        )
+        frames = f"{len(train_frames)} training and {len(val_frames)} validation frames"
+        log(f"{frames}; {total} steps of {a.batch}; {ranks} rank(s)")
 
-    # Warm-up, outside the clock: kernels are compiled, and a CUDA graph gets room for the largest of the next 1,000 steps.
+    # Warm-up, outside the clock: kernels are compiled; a CUDA graph gets room for the largest of the next 1,000 steps.
     if device.type == "cuda" and step < total:
         soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s)]
         soon = [p for p in soon if packed.n_edges[p].sum() <= 1_000_000] or soon[:1]
