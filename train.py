@@ -554,17 +554,14 @@ def main():
             if device.index >= torch.cuda.device_count():
                 raise ValueError(f"--device cuda: {device.index + 1} processes, {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(device)
-        if (
-            ranks > 1
-        ):  # a rank that is lost ends the others: on its host torchrun sees to it, on other hosts the timeout
+        if ranks > 1:  # a lost rank ends the others: on one host by torchrun, on several by this timeout
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if not a.data:
-            a.data = default_data() if rank == 0 else ""
+            if rank == 0:
+                print(f"data: {default_data()}")  # fetched if it is not there
             if ranks > 1:
                 dist.barrier()
             a.data = default_data()
-            if rank == 0:
-                print(f"data: {a.data}")
         train(a, device, rank, ranks)
         status = 0
     except (ValueError, OSError) as e:
