@@ -4,12 +4,11 @@
     python data.py mptrj [--zip FILE]           # MPtrj, 1.58 M frames, -> data/mptrj
     python data.py pack FILE... --out DIR       # any files that ASE reads, or zips of them
 
-A frame is a structure with its labels. A packed set holds S frames of A atoms in all: a folder of memory-mapped .npy files,
+A packed set is a folder of memory-mapped .npy files, for S frames (a structure with its labels) of A atoms in all:
 positions (A, 3) A, numbers (A,), forces (A, 3) eV/A, cell (S, 3, 3) A, pbc (S, 3), energy (S,) eV, stress (S, 3, 3) eV/A^3
 (positive is tensile, as in ASE), offsets (S+1,) (frame i has the atoms offsets[i]:offsets[i+1]), ids, split (0 train,
-1 validation, 2 test, 3 excluded), n_edges (S,) (directed edges within 6 A); and meta.json. A missing label is NaN.
-
-This file follows a frame: it is read, checked, packed, drawn for a step, and put into a batch with its edges.
+1 validation, 2 test, 3 excluded), n_edges (S,) (directed, within 6 A); and meta.json. A missing label is NaN. The file follows
+a frame: read, checked, packed, drawn for a step, put into a batch with its edges.
 """
 
 import argparse
@@ -22,14 +21,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,6 +38,7 @@ ARRAYS = "positions numbers forces cell pbc energy stress offsets ids split n_ed
 PER_ATOM = "positions", "numbers", "forces"
 TRAIN, VAL, TEST, EXCLUDED = range(4)
 CUTOFF = 6.0  # A, for the stored n_edges
+open_zip = functools.lru_cache(1)(zipfile.ZipFile)  # the table of contents can be long: a worker reads it once
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -49,9 +46,8 @@ CUTOFF = 6.0  # A, for the stored n_edges
 
 def names_of(files):
     """Base names, or full paths where they collide."""
-    names = [Path(f).name for f in files]
-    count = Counter(names)
-    return [name if count[name] == 1 else str(f) for name, f in zip(names, files)]
+    count = Counter(Path(f).name for f in files)
+    return [Path(f).name if count[Path(f).name] == 1 else str(f) for f in files]
 
 
 def read_frames(files):
@@ -62,16 +58,14 @@ def read_frames(files):
     """
     members = []  # (name, path, name in the zip or None, how to open it, bytes)
     for path, name in zip(map(Path, files), names_of(files)):
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        if not zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            for m in sorted(archive.infolist(), key=lambda m: m.filename):
+                if not (m.is_dir() or Path(m.filename).name.startswith(".")):  # __MACOSX/._*, for one
+                    opener = functools.partial(archive.open, m)
+                    members.append((f"{name}:{m.filename}", path, m.filename, opener, m.file_size))
+        else:
             members.append((name, path, None, functools.partial(open, path, "rb"), path.stat().st_size))
-            continue
-        archive = zipfile.ZipFile(path)
-        for m in sorted(archive.infolist(), key=lambda m: m.filename):
-            if not (m.is_dir() or m.filename.startswith("__MACOSX") or Path(m.filename).name.startswith(".")):
-                opener = functools.partial(archive.open, m)
-                members.append((f"{name}:{m.filename}", path, m.filename, opener, m.file_size))
     done, total = 0, max(sum(size for *_, size in members), 1)
     for name, path, member, opener, size in members:
         is_extxyz = name.endswith(("xyz", "XYZ"))
@@ -96,11 +90,8 @@ def split_extxyz(name, opener):
                 k += 1
         if k == 0:
             raise ValueError("no frame in it")
-    except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:  # not UTF-8, or a damaged zip
+    except Exception as e:  # not UTF-8, or a damaged zip, which raises many kinds
         yield f"{name}#{k}", ValueError(str(e))
-
-
-open_zip = functools.lru_cache(1)(zipfile.ZipFile)  # a worker reads the list of members once
 
 
 def parse(job):
@@ -151,12 +142,9 @@ def frame_arrays(atoms, name, limits):
         labels["stress"] = np.asarray(labels["stress"])[[[0, 5, 4], [5, 1, 3], [4, 3, 2]]]  # Voigt order
     shapes = dict(energy=(), forces=(len(atoms), 3), stress=(3, 3))
     for what, label in labels.items():
-        if label is None:
-            raise ValueError(f"no {what}")
-        if np.shape(label) != shapes[what] or np.asarray(label).dtype.kind not in "fiu":
-            raise ValueError(f"{what} is not numbers of shape {shapes[what]}")
-        if not np.isfinite(label).all():
-            raise ValueError(f"{what} not finite")
+        numbers = np.shape(label) == shapes[what] and np.asarray(label).dtype.kind in "fiu"
+        if not (numbers and np.isfinite(label).all()):
+            raise ValueError(f"{what} not there, not finite, or not numbers of shape {shapes[what]}")
     energy, forces, stress = labels["energy"], labels["forces"], labels.get("stress", np.full((3, 3), np.nan))
     sizes = abs(energy) / len(atoms), np.linalg.norm(forces, axis=1).max(), np.abs(stress).max()
     units = "energy of {:.1f} eV/atom (meV?)", "force of {:.1f} eV/A (meV/A?)", "stress of {:.1f} eV/A^3 (GPa or kbar?)"
@@ -171,17 +159,16 @@ def frame_arrays(atoms, name, limits):
         info.setdefault("frame_id", f"{info['task_id']}-{info['calc_id']}-{info['ionic_step']}")
     first = lambda keys, default: next((info[k] for k in keys.split() if k in info), default)
     frame_id = first("frame_id mptrj_snapshot_id alexandria_id internal_id", name)
-    texts = dict(names=name, ids=frame_id, materials=first("material_id mp_id mptrj_traj_id", frame_id))
-    arrays = dict(positions=atoms.positions, forces=forces, cell=atoms.cell.array[None], stress=stress[None])
-    arrays = {k: v.astype(np.float32) for k, v in arrays.items()} | {
-        k: np.array([v.encode()]) for k, v in texts.items()
-    }
-    arrays |= dict(pbc=atoms.pbc[None], energy=np.array([energy], float), sizes=np.array([len(atoms)]))
-    return arrays | dict(numbers=atoms.numbers.astype(np.uint8))
+    arrays = dict(positions=atoms.positions, cell=atoms.cell.array[None], forces=forces, stress=stress[None])
+    arrays = {k: v.astype(np.float32) for k, v in arrays.items()}
+    arrays |= dict(numbers=atoms.numbers.astype(np.uint8), pbc=atoms.pbc[None], energy=np.array([energy], float))
+    key = hashlib.md5(b"".join(arrays[k].tobytes() for k in ("numbers", "positions", "cell", "pbc"))).hexdigest()
+    texts = dict(names=name, ids=frame_id, materials=first("material_id mp_id mptrj_traj_id", frame_id), keys=key)
+    return arrays | {k: np.array([v.encode()]) for k, v in texts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Packing
+# Packing, and the packed set
 
 
 def join(parts):
@@ -189,13 +176,14 @@ def join(parts):
 
 
 def pack_job(job, limits):
-    """The arrays of the good frames of a job, or None; and (name, what is wrong) of the others."""
+    """[The arrays of the good frames of a job] or []; (name, what is wrong) of the others; and the number of all."""
     good, frames, problems = [], [], []
     for k, (name, atoms) in enumerate(parse(job)):
         try:
             if isinstance(atoms, ValueError):
                 raise atoms
-            frames.append(frame_arrays(atoms, name, limits) | dict(order=np.array([k])))
+            frame = frame_arrays(atoms, name, limits)
+            frames.append(frame | dict(order=np.array([k]), sizes=np.array([len(atoms)])))
         except ValueError as e:
             problems.append((name, str(e)))
     sizes = np.array([len(f["numbers"]) for f in frames], dtype=np.int64)
@@ -209,7 +197,7 @@ def pack_job(job, limits):
                 problems.append((frames[i]["names"][0].decode(), f"two atoms {r:.3f} A apart"))
             else:
                 good.append(frames[i] | dict(n_edges=np.array([n], np.int32)))
-    return join(good) if good else None, problems
+    return [join(good)] if good else [], problems, len(good) + len(problems)
 
 
 def pack(files, out, source, split, bad="fail", limits=(), workers=None):
@@ -230,14 +218,12 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
                     futures.append(pool.submit(pack_job, job, limits))
                     bar.set_postfix_str(f"{job[-1][2]:.0%} of the files")
                 if len(futures) > 4 * workers or not job:  # bounds the memory
-                    arrays, wrong = futures.popleft().result()
-                    n = len(wrong) + (len(arrays["sizes"]) if arrays else 0)
-                    if arrays:
-                        parts.append(arrays | dict(order=arrays["order"] + n_read))
+                    arrays, wrong, n = futures.popleft().result()
+                    parts += [a | dict(order=a["order"] + n_read) for a in arrays]
                     problems += wrong
                     n_read += n
                     bar.update(n)
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise ValueError("a worker process died (out of memory?): try --workers 1") from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -250,18 +236,14 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     if len(problems) == n_read:
         raise ValueError(f"no usable frame in {', '.join(map(str, files))}")
 
-    a, first = join(parts), {}
-    ends = np.cumsum(a["sizes"])
-    for i, (end, n) in enumerate(zip(ends, a["sizes"])):
-        key = a["numbers"][end - n : end], a["positions"][end - n : end], a["cell"][i], a["pbc"][i]
-        first.setdefault(hashlib.md5(b"".join(x.tobytes() for x in key)).digest(), i)
-    keep = np.isin(np.arange(len(ends)), list(first.values()))
-    atoms = np.repeat(keep, a["sizes"])
+    a = join(parts)
+    keep = np.isin(np.arange(len(a["keys"])), np.unique(a["keys"], return_index=True)[1])  # the first of equal frames
+    duplicates, atoms = len(keep) - keep.sum().item(), np.repeat(keep, a["sizes"])
     a = {k: v[atoms if k in PER_ATOM else keep] for k, v in a.items()}
     a["offsets"] = np.cumsum(np.append(0, a["sizes"]))
     a["split"] = split(a, n_read).astype(np.uint8)
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
-    counts |= dict(skipped=len(problems), duplicates=len(ends) - len(first), atoms=len(a["numbers"]))
+    counts |= dict(skipped=len(problems), duplicates=duplicates, atoms=len(a["numbers"]))
     counts["frames without stress"] = int(np.isnan(a["stress"]).any((1, 2)).sum())
     hashes = {name: digest(f, "sha256") for name, f in zip(names_of(files), files)}
     write_set(out, a, dict(source=source, sha256=hashes, cutoff=CUTOFF, counts=counts))
@@ -269,31 +251,24 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
 
 def write_set(out, arrays, meta):
     """Write the folder under another name, add statistics, then rename: it is there as a whole or not at all."""
-    tmp = Path(f"{out}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        data_hash = hashlib.sha256()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(out).parent) as tmp:
+        folder, data_hash = Path(tmp) / "set", hashlib.sha256()
+        folder.mkdir()
         for k in ARRAYS:
-            np.save(tmp / f"{k}.npy", arrays[k])
+            np.save(folder / f"{k}.npy", arrays[k])
             data_hash.update(np.ascontiguousarray(arrays[k]))
         meta["data_sha256"] = data_hash.hexdigest()
-        (tmp / "meta.json").write_text(json.dumps(meta))
-        packed = PackedSet(tmp)
-        meta["statistics"] = s = packed.statistics()
-        (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-        tmp.rename(out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    size = sum(f.stat().st_size for f in Path(out).iterdir()) / 1e6
-    print(f"{out}: {', '.join(f'{v} {k}' for k, v in meta['counts'].items())}; {size:.1f} MB")
+        (folder / "meta.json").write_text(json.dumps(meta))
+        meta["statistics"] = s = PackedSet(folder).statistics()
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        folder.rename(out)
+    print(f"{out}: {', '.join(f'{n} {k}' for k, n in meta['counts'].items())}")
     print(f"{len(s['atomic_numbers'])} elements, {s['avg_n_neighbors']:.2f} neighbours within {CUTOFF} A, ", end="")
     print(f"scale {s['scale']:.4f} eV/A, shift {s['shift']:.4f} eV")
-    fitted = packed.numbers[np.repeat((packed.split == TRAIN) & packed.has_energy, packed.n_atoms)]
+    fitted = arrays["numbers"][np.repeat(arrays["split"] == TRAIN, arrays["sizes"])]
     if unknown := sorted(set(s["atomic_numbers"]) - set(fitted.tolist())):
-        print(
-            f"warning: no training frame has the atomic numbers {unknown}: their E0s are 0 eV, their energies arbitrary"
-        )
+        print(f"warning: elements without a training frame, whose E0 is set to 0 eV: atomic numbers {unknown}")
 
 
 def digest(path, kind):
@@ -302,10 +277,8 @@ def digest(path, kind):
 
 
 def split_by(kind, fraction, a, n):
-    """The split for `pack`: the last `fraction` of RandomState(42).permutation, of all frames or materials, is validation.
-
-    By frame it is the official split of MPtrj: skipped frames count, so that the others stay where they are there.
-    """
+    """A split for `pack`: the last `fraction` of RandomState(42).permutation, of all frames or materials, validates. By frame
+    this is the official split of MPtrj, since skipped frames count."""
     if kind == "material" and (a["materials"] == a["ids"]).all():
         raise ValueError("no frame names its material (material_id, mp_id or mptrj_traj_id): use --split frame")
     names, group = np.unique(a["materials"], return_inverse=True)
@@ -315,16 +288,9 @@ def split_by(kind, fraction, a, n):
     return np.where(np.isin(group, order[int(len(order) * (1 - fraction)) :]), VAL, TRAIN)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed set
-
-
 class PackedSet:
-    """A packed set, for training and validation, its large arrays memory-mapped.
-
-    batch(indices) -> Batch on `device`. cutoff: A, for edges. Raises FileNotFoundError or ValueError, a line, if `path`
-    is not a whole packed set.
-    """
+    """A packed set, its large arrays memory-mapped, with edges within `cutoff` A, whose batches are put on `device`.
+    Raises FileNotFoundError or ValueError, a line, if `path` is not a whole packed set."""
 
     def __init__(self, path, cutoff=CUTOFF, device="cpu"):
         self.path, self.cutoff, self.device = Path(path), cutoff, torch.device(device)
@@ -335,9 +301,9 @@ class PackedSet:
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
             a = {k: np.load(self.path / f"{k}.npy", mmap_mode="c") for k in ARRAYS}
-            lengths = dict.fromkeys(ARRAYS, len(a["offsets"]) - 1) | dict(offsets=len(a["offsets"]))
-            lengths |= dict.fromkeys(PER_ATOM, a["offsets"][-1])
-            if any(len(a[k]) != n for k, n in lengths.items()) or not {"cutoff", "data_sha256"} <= self.meta.keys():
+            n, n_atoms = len(a["ids"]), a["offsets"][-1]
+            whole = all(len(v) == (n_atoms if k in PER_ATOM else n + (k == "offsets")) for k, v in a.items())
+            if not whole or not {"cutoff", "data_sha256"} <= self.meta.keys():
                 raise ValueError("its parts disagree")
         except (OSError, ValueError, EOFError, IndexError) as e:
             raise ValueError(f"the packed set at {path} is damaged ({e}): pack it again") from None
@@ -346,8 +312,7 @@ class PackedSet:
         self.has_energy = np.isfinite(a["energy"])
         self.has_stress = np.isfinite(a["stress"]).all((1, 2))
         self.has_forces = np.isfinite(a["forces"][self.offsets[:-1]]).all(1)  # all atoms of a frame have them, or none
-        keys = "numbers positions forces cell pbc energy stress".split()
-        self.arrays = {k: torch.from_numpy(a[k]) for k in keys}
+        self.arrays = {k: torch.from_numpy(a[k]) for k in ARRAYS[:7]}  # of numbers, for batches
         if cutoff != self.meta["cutoff"]:
             self.n_edges = self.count_edges()
 
@@ -357,32 +322,29 @@ class PackedSet:
     def name(self, index):
         return self.ids[index].decode()
 
-    def batch(self, indices, labels=True):
+    def batch(self, indices):
         """The frames `indices` (S,) as a Batch on the device."""
         n_atoms = self.n_atoms[indices]
         first = np.cumsum(n_atoms) - n_atoms
         atoms = np.repeat(self.offsets[indices] - first, n_atoms) + np.arange(n_atoms.sum())
         get = lambda k: self.arrays[k][torch.from_numpy(atoms if k in PER_ATOM else indices)]
         system = [get(k) for k in ("numbers", "positions", "cell", "pbc")]
-        wanted = {k: get(k) for k in ("energy", "forces", "stress") if labels}
-        return make_batch(*system, torch.from_numpy(n_atoms), self.cutoff, self.device, **wanted)
+        labels = {k: get(k) for k in ("energy", "forces", "stress")}
+        return make_batch(*system, torch.from_numpy(n_atoms), self.cutoff, self.device, **labels)
 
     def count_edges(self):
         """The edges of each frame within the cutoff, (S,)."""
         n_edges = np.zeros(len(self.n_atoms), np.int32)
-        bar = tqdm(total=len(n_edges), desc=f"counting edges within {self.cutoff} A", unit="frame", disable=None)
-        for part in micro_batches(np.arange(len(n_edges)), self.n_atoms, self.n_edges, 500, np.inf):
-            b = self.batch(part, labels=False)
+        parts = micro_batches(np.arange(len(n_edges)), self.n_atoms, self.n_edges, 500, np.inf)
+        for part in tqdm(parts, f"counting edges within {self.cutoff} A", disable=None):
+            b = self.batch(part)
             n_edges[part] = torch.bincount(b.structure[b.receivers], minlength=len(part)).cpu().numpy()
-            bar.update(len(part))
         return n_edges
 
     def statistics(self):
-        """What a model takes from the training split: the elements (of all splits), their E0s, and three numbers.
-
-        Nequix' definitions: avg_n_neighbors = mean over frames of edges/atoms; shift = mean over frames of
-        (E - sum of E0)/atoms, eV; scale = RMS force component, eV/A. Raises ValueError if there is nothing to fit.
-        """
+        """The E0s of all elements and three numbers, from the training split, by Nequix' definitions: avg_n_neighbors = mean
+        over frames of edges/atoms; shift = mean over frames of (E - sum of E0)/atoms, eV; scale = RMS force component, eV/A.
+        Raises ValueError if there is nothing to fit."""
         train = self.indices(TRAIN)
         train_e = train[self.has_energy[train]]
         if len(train_e) == 0:
@@ -396,13 +358,9 @@ class PackedSet:
         atoms = np.repeat((self.split == TRAIN) & self.has_forces, self.n_atoms)
         forces = self.arrays["forces"].numpy()[atoms]
         scale = float(np.sqrt(np.mean(forces.astype(float) ** 2))) if len(forces) else 1.0
-        return dict(
-            atomic_numbers=numbers.tolist(),
-            atom_energies=e0[numbers].tolist(),
-            avg_n_neighbors=max(float(np.mean(self.n_edges[train] / self.n_atoms[train])), 1e-3),
-            shift=float(shift.mean()),
-            scale=scale or 1.0,  # a set of relaxed structures has no forces to scale by
-        )
+        neighbors = max(float(np.mean(self.n_edges[train] / self.n_atoms[train])), 1e-3)
+        s = dict(atomic_numbers=numbers.tolist(), atom_energies=e0[numbers].tolist(), avg_n_neighbors=neighbors)
+        return s | dict(shift=float(shift.mean()), scale=scale or 1.0)  # relaxed structures have no forces to scale by
 
 
 def composition(numbers, offsets):
@@ -412,8 +370,8 @@ def composition(numbers, offsets):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Order of frames. Training reads one endless stream, a new permutation each epoch. Step t takes the t-th piece of `batch`
-# frames, whatever the number of ranks: the step number alone says where in the data a run is.
+# Order of frames: one endless stream, a new permutation each epoch. Step t takes its t-th piece of `batch` frames, whatever
+# the number of ranks: the step number alone says where in the data a run is.
 
 
 @functools.lru_cache(2)
@@ -453,11 +411,8 @@ def micro_batches(indices, n_atoms, n_edges, max_atoms, max_edges):
 
 
 def prefetch(packed, pieces):
-    """Yield the Batch of each piece (S,) in `pieces`; on CUDA two more are built meanwhile.
-
-    A thread with its own stream builds them: the host waits for the size of a neighbour list, and neither the model's
-    kernels nor the Python code that launches them should wait with it.
-    """
+    """Yield the Batch of each piece, frames (S,), in `pieces`; on CUDA up to two more are built meanwhile, by a thread with
+    its own stream: the host must wait for the size of a neighbour list, and the model's launches and kernels should not."""
     if packed.device.type != "cuda":
         yield from map(packed.batch, pieces)
         return
@@ -520,12 +475,12 @@ def moved(tensors, device):
     """A dict of tensors, on `device`. From host to GPU they go as one copy of pinned memory, not one each."""
     if device.type != "cuda" or any(t.is_cuda for t in tensors.values()):
         return {k: t.to(device) for k, t in tensors.items()}
-    sizes = [-(-t.nbytes // 16) * 16 for t in tensors.values()]  # multiples of 16 bytes, so that any type is aligned
-    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    view = lambda memory, t: memory[: t.nbytes].view(t.dtype).view(t.shape)
-    views = lambda memory: list(map(view, memory.split(sizes), tensors.values()))
-    torch._foreach_copy_(views(host), list(tensors.values()))
-    return dict(zip(tensors, views(host.to(device, non_blocking=True))))
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each is aligned
+    sizes = [t.nbytes for t in tensors.values()]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    torch.cat([t.flatten().view(torch.uint8) for t in tensors.values()], out=memory)
+    parts = memory.to(device, non_blocking=True).split(sizes)
+    return {k: part.view(t.dtype).view(t.shape) for (k, t), part in zip(tensors.items(), parts)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,15 +498,13 @@ def complete_cell(cell, pbc):
             a.any(1, keepdim=True), a, axes[b.abs().argmin(1)]
         )  # for a missing row, an axis across the other
         b = torch.where(b.any(1, keepdim=True), b, axes[a.abs().argmin(1)])
-        normal = torch.nn.functional.normalize(torch.linalg.cross(a, b), dim=1)
-        cell[:, k] = torch.where(pbc[:, k, None], cell[:, k], normal)
+        cell[:, k] = torch.where(pbc[:, k, None], cell[:, k], torch.nn.functional.normalize(torch.linalg.cross(a, b)))
     return cell
 
 
 def linked_cells(positions, cell, pbc, structure, cutoff):
-    """Bins for `neighbor_list`, on the device of positions (A, 3) and cell (S, 3, 3) in A, float64, pbc (S, 3) bool, and
-    structure (A,), ascending. Any cell of non-zero volume: shorter than the cutoff, skewed, left-handed, periodic in some
-    directions only; atoms may lie outside it. A >= 1.
+    """Bins for `neighbor_list`, on the device of positions (A, 3) and cell (S, 3, 3), A, float64, pbc (S, 3) bool, structure
+    (A,) ascending. A >= 1. Any cell with a volume: short, skewed, left-handed, partly periodic; atoms may lie outside.
 
     Returns these and, int64, for each atom its bin (A, 3) and wrap (A, 3), the cells it lies outside its own; for each
     structure its first bin, the number of bins along each axis (S, 3), and how many the cutoff reaches over; and order:
@@ -571,18 +524,16 @@ def linked_cells(positions, cell, pbc, structure, cutoff):
     # Bins, at most about 64 an atom, and how many of them the cutoff spans.
     height = extent / torch.linalg.vector_norm(inverse, dim=1)  # distance between opposite faces of the box
     bins = (height / 3.0).long().clamp(1, 256)
-    excess = bins.prod(1) / (64 * torch.bincount(structure, minlength=len(cell)))
+    excess = bins.prod(1) / bins.new_zeros(len(cell)).index_add(0, structure, torch.full_like(structure, 64))
     shrink = excess.clamp(min=1.0) ** (-1 / (bins > 1).sum(1).clamp(min=1))
     bins = (bins * shrink[:, None]).long().clamp(min=1)
     reach = ((cutoff + 1e-6) * bins / height).ceil().long()
     reach = torch.where(pbc, reach, torch.minimum(reach, bins - 1))
     n_bins = bins.prod(1)
     first_bin = n_bins.cumsum(0) - n_bins
-    bins_a = bins[structure]
-    bin3 = torch.minimum((frac * bins_a).long().clamp(min=0), bins_a - 1)  # (A, 3)
+    bin3 = torch.minimum((frac * bins[structure]).long().clamp(min=0), bins[structure] - 1)  # (A, 3)
     bin_of_atom = bin_number(bin3, first_bin, bins, structure)
-    count = torch.bincount(bin_of_atom, minlength=int(n_bins.sum()))
-    start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    start = torch.nn.functional.pad(torch.bincount(bin_of_atom, minlength=int(n_bins.sum())).cumsum(0), (1, 0))
     atoms = dict(positions=positions, structure=structure, bin=bin3, wrap=wrap)
     structures = dict(cell=cell, pbc=pbc, bins=bins, reach=reach, first_bin=first_bin)
     return atoms | structures | dict(order=bin_of_atom.argsort(stable=True), start=start)
@@ -594,12 +545,11 @@ def bin_number(b, first_bin, bins, s):
 
 
 def neighbor_list(bins, cutoff):
-    """All pairs closer than `cutoff`, A, over periodic images, of many structures at once.
+    """All pairs closer than `cutoff`, A, over periodic images, from the bins of `linked_cells`.
 
-    bins: of `linked_cells`. On CUDA one kernel looks through them; they are better built on the CPU, as 200 tiny launches
-    would queue behind the model. Returns, on the device of bins, senders (E,), receivers (E,) ascending, row_ptr (A+1,),
-    shifts (E, 3), and the edge vectors (E, 3), float64, positions[sender] - positions[receiver] + shift @ cell. An atom is
-    its own neighbour only through an image.
+    Returns, on their device, senders (E,), receivers (E,) ascending, row_ptr (A+1,), shifts (E, 3), and the edge vectors
+    (E, 3), float64, positions[sender] - positions[receiver] + shift @ cell. An atom is its own neighbour only through an
+    image. For CUDA, build the bins on the CPU and move them: 200 tiny launches would queue behind the model.
     """
     if bins["positions"].is_cuda:
         import kernels
@@ -658,17 +608,16 @@ def ragged(values, counts):
 # Data sets
 
 SAMPLE = "mattersim-1.2.3.tar.gz", "04bc55dd97bc1170c744ae93d30d773f3d8c07d35ad3efbeb817314ec0ecb16b"
-MPTRJ = {  # name: number at figshare, frames, md5 where it is known
-    "2023-11-22-mp-trj-extxyz-by-yuan.zip": (43302033, 1_580_312, None),  # what Nequix was trained on
-    "2024-09-03-mp-trj.extxyz.zip": (49034296, 1_580_395, "7f433171e4e5f2ef9304dccd42d5488f"),
+MPTRJ = {  # name: number at figshare, md5 where it is known
+    "2023-11-22-mp-trj-extxyz-by-yuan.zip": (43302033, None),  # 1,580,312 frames, what Nequix was trained on
+    "2024-09-03-mp-trj.extxyz.zip": (49034296, "7f433171e4e5f2ef9304dccd42d5488f"),  # 1,580,395 frames
 }
 
 
 def split_sample(a, n):
     """Validation and test: frames of mptrj-random-1k, by a hash of the mp-id. Frames of their materials in other files, and
     those with a force above 20 eV/A, are excluded: what is left to train on shares no mp-id with either."""
-    draw = {m: int(hashlib.sha256(m).hexdigest(), 16) % 1000 for m in set(a["materials"])}
-    draw = np.array([draw[m] for m in a["materials"]])
+    draw = np.array([int(hashlib.sha256(m).hexdigest(), 16) % 1000 for m in a["materials"]])
     held_out = np.where(draw < 300, VAL, np.where(draw < 550, TEST, TRAIN))
     random = np.char.startswith(a["names"], b"mptrj-random-1k.xyz")
     others = np.isin(a["materials"], a["materials"][random & (held_out != TRAIN)])
@@ -686,19 +635,15 @@ def fetch_sample(out="data/sample", workers=None, more=()):
         if not (folder / name).exists():
             print("fetching mattersim==1.2.3 with pip (27 MB; pip prepares its metadata too, which takes a while)")
             what = "download --no-deps --no-binary mattersim mattersim==1.2.3"
-            pip = [sys.executable, "-m", "pip", *what.split(), "-d", tmp]
-            run = subprocess.run(pip, capture_output=True, text=True)
-            if run.returncode or not (Path(tmp) / name).exists():
-                last = (run.stderr.strip() or "no output").splitlines()[-1]
+            subprocess.run([sys.executable, "-m", "pip", "-q", *what.split(), "-d", tmp])
+            if not (Path(tmp) / name).exists():
                 advice = f"run `pip {what}` on a machine with network and copy {name} to {folder}/"
-                raise OSError(f"pip could not fetch mattersim==1.2.3 ({last}). Offline? Then {advice}")
+                raise OSError(f"pip could not fetch mattersim==1.2.3. Offline? Then {advice}")
             os.replace(Path(tmp) / name, folder / name)
         if digest(folder / name, "sha256") != sha256:
             raise ValueError(f"{folder / name} has the wrong sha256 (damaged?): delete it and try again")
-        with tarfile.open(folder / name) as tar:
-            wanted = [m for m in tar.getmembers() if "/data/benchmarks/" in m.name and m.name.endswith(".xyz")]
-            tar.extractall(tmp, wanted, filter="data")
-        files = sorted(Path(tmp).rglob("*.xyz"))
+        shutil.unpack_archive(folder / name, tmp, filter="data")
+        files = sorted(Path(tmp).glob("**/data/benchmarks/*.xyz"))
         source = ", ".join(["mattersim 1.2.3 data/benchmarks (MIT; MPtrj CC-BY-4.0)", *(Path(f).name for f in more)])
         pack([*files, *more], out, source, split_sample, workers=workers)
 
@@ -716,8 +661,7 @@ def download(url, path):
                 have = have if reply.status == 206 else 0  # 200: no ranges here, from the start
                 f.truncate(have)
                 total = have + int(reply.headers.get("Content-Length") or 0)
-                bar = dict(total=total, initial=have, desc=Path(path).name, disable=None)
-                with tqdm.wrapattr(reply, "read", **bar) as body:
+                with tqdm.wrapattr(reply, "read", total, initial=have, desc=Path(path).name, disable=None) as body:
                     shutil.copyfileobj(body, f, 1 << 20)
             if part.stat().st_size >= total:
                 return os.replace(part, path)
@@ -742,17 +686,12 @@ def fetch_figshare(number, path, md5):
 def fetch_mptrj(path, out, split, workers=None):
     """Pack MPtrj from one of its two zips; the one that Nequix used is downloaded if none is given."""
     name = Path(path).name if path else next(iter(MPTRJ))
-    number, frames, md5 = MPTRJ.get(name, (None, None, None))
-    path = Path(path) if path else fetch_figshare(number, Path(out).parent / name, None)
+    number, md5 = MPTRJ.get(name, (None, None))
+    if path is None or Path(path).exists():
+        path = fetch_figshare(number, path or Path(out).parent / name, md5)
     if not zipfile.is_zipfile(path):  # the checksum of each member is checked when it is read
         raise ValueError(f"{path} is not a whole zip (an interrupted download?): delete it and try again")
-    if md5 and digest(path, "md5") != md5:
-        raise ValueError(f"{path} has the wrong md5: delete it and try again")
     pack([path], out, f"MPtrj (CC-BY-4.0), {name}", split, bad="skip", workers=workers)
-    counts = json.loads((Path(out) / "meta.json").read_text())["counts"]
-    found = sum(counts[k] for k in ("train", "val", "test", "excluded", "skipped", "duplicates"))
-    if frames and found != frames:
-        print(f"warning: {found} frames, but {name} is known to hold {frames}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
