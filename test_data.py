@@ -49,14 +49,9 @@ def run(*command, ok=True):
 
 
 def batch_of(structures, cutoff):
-    return data.make_batch(
-        torch.from_numpy(np.concatenate([a.numbers for a in structures])),
-        torch.from_numpy(np.concatenate([a.positions for a in structures])),
-        torch.from_numpy(np.stack([a.cell.array for a in structures])),
-        torch.from_numpy(np.stack([a.pbc for a in structures])),
-        torch.tensor([len(a) for a in structures]),
-        cutoff,
-    )
+    join = lambda how, k: torch.from_numpy(how([np.asarray(getattr(a, k)) for a in structures]))
+    system = *(join(np.concatenate, k) for k in ("numbers", "positions")), join(np.stack, "cell"), join(np.stack, "pbc")
+    return data.make_batch(*system, torch.tensor([len(a) for a in structures]), cutoff)
 
 
 def odd_structures():
@@ -64,11 +59,8 @@ def odd_structures():
     rng = np.random.default_rng(0)
     out = [bulk("W"), bulk("NaCl", "rocksalt", 5.6), Atoms("He", cell=[1.5, 20, 3], pbc=True), molecule("C6H6")]
     out += [Atoms("Ar", cell=[20, 20, 20], pbc=True), Atoms("Xe"), fcc111("Pt", (2, 2, 3), vacuum=9)]
-    out += [
-        Atoms("H2", [[0, 0, 0], [900, 0, 0.7]]),
-        Atoms("CO", [[0, 0, 0], [0, 0, 1.1]], cell=[0, 4, 0], pbc=[0, 1, 0]),
-    ]
-    out += [bulk("Si", cubic=True) * (5, 5, 5)]
+    out += [Atoms("H2", [[0, 0, 0], [900, 0, 0.7]]), bulk("Si", cubic=True) * (5, 5, 5)]
+    out += [Atoms("CO", [[0, 0, 0], [0, 0, 1.1]], cell=[0, 4, 0], pbc=[0, 1, 0])]
     for k in range(330):
         n = rng.integers(1, 30)
         cell = np.diag(rng.uniform(2, 12, 3)) + rng.normal(size=(3, 3)) * rng.choice([0.3, 2.5])
@@ -131,23 +123,20 @@ def frames():
     """24 frames of six materials, one molecule among them, energies of known E0s."""
     rng = np.random.default_rng(1)
     out, e0 = [], {"Na": -1.5, "Cl": -2.0, "Si": -5.0, "H": -1.0, "O": -4.0}
+    salt, silicon, sodium = bulk("NaCl", "rocksalt", 5.6), bulk("Si", cubic=True), bulk("Na")
     for k in range(24):
-        atoms = [
-            bulk("NaCl", "rocksalt", 5.6),
-            bulk("Si"),
-            molecule("H2O"),
-            bulk("Na"),
-            molecule("O2"),
-            bulk("Si", cubic=True),
-        ]
-        atoms = atoms[k % 6]
+        atoms = [salt, bulk("Si"), molecule("H2O"), sodium, molecule("O2"), silicon][k % 6].copy()
         atoms.rattle(0.05, rng=rng)
-        forces = rng.normal(size=(len(atoms), 3))
+        forces, stress = rng.normal(size=(len(atoms), 3)), rng.normal(size=6) * 0.01
         energy = sum(e0[s] for s in atoms.symbols) + 0.25 * len(atoms)
-        out.append(
-            labelled(atoms, energy, forces, rng.normal(size=6) * 0.01, mp_id=f"mp-{k % 6}", frame_id=f"mp-{k % 6}-{k}")
-        )
+        out.append(labelled(atoms, energy, forces, stress, mp_id=f"mp-{k % 6}", frame_id=f"mp-{k % 6}-{k}"))
     return out
+
+
+def pack(folder, *command, ok=True):
+    """`data.py pack`, of files in a folder, to its subfolder `set`."""
+    command = [folder / c if "." in c else c for c in command]
+    return run("data.py", "pack", *command, "--out", folder / "set", "--workers", 1, ok=ok)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +215,7 @@ def test_other_formats_and_constraints(tmp_path):
     ase.io.write(tmp_path / "b.traj", frames[2:])
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as z:
         z.write(tmp_path / "b.traj", "inner/b@2.traj")
-    said = run(
-        "data.py", "pack", tmp_path / "run@300K.traj", tmp_path / "b.zip", "--out", tmp_path / "set", "--workers", 1
-    )
+    said = pack(tmp_path, "run@300K.traj", "b.zip")
     p = data.PackedSet(tmp_path / "set")
     assert "0 skipped, 2 duplicates, 8 atoms" in said
     assert [p.name(i) for i in range(4)] == [*(f"run@300K.traj#{k}" for k in range(3)), "b.zip:inner/b@2.traj#1"]
@@ -242,16 +229,13 @@ BAD = {
     "NaN forces": ("forces not there, not finite", labelled(bulk("Si"), forces=np.full((2, 3), np.nan))),
     "NaN stress": ("stress not there, not finite", labelled(bulk("Si"), stress=np.full(6, np.nan))),
     "energy in meV": ("energy of 2500.0 eV/atom (meV?) is above 1000", labelled(bulk("Si"), -5000.0)),
-    "stress in GPa": (
-        "stress of 30.0 eV/A^3 (GPa or kbar?) is above 10",
-        labelled(bulk("Si"), stress=np.full(6, 30.0)),
-    ),
+    "stress in GPa": ("stress of 30.0 eV/A^3 (GPa or kbar?)", labelled(bulk("Si"), stress=np.full(6, 30.0))),
     "unknown element": ("unknown element", labelled(Atoms("X"))),
     "zero volume": ("zero volume", labelled(Atoms("Si", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True))),
     "absurd force": ("force of 5000.0 eV/A", labelled(bulk("Si"), forces=[[5000, 0, 0], [0, 0, 0]])),
-    "atoms on top of each other": (
+    "on top of each other": (
         "two atoms 0.000 A apart",
-        labelled(Atoms("Si2", np.zeros((2, 3)), cell=[9, 9, 9], pbc=True)),
+        labelled(Atoms("Si2", [[0, 0, 0]] * 2, cell=[9] * 3, pbc=True)),
     ),
     "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
 }
@@ -261,16 +245,14 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
     good = [labelled(bulk("Si", a=5.4)), labelled(bulk("Si", a=5.5), stress=False)]
     frames = [good[0], *[atoms for _, atoms in BAD.values()], good[1]]
     ase.io.write(tmp_path / "frames.traj", frames)
-    (tmp_path / "text.extxyz").write_text(
-        "1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n"
-    )
-    files = tmp_path / "frames.traj", tmp_path / "text.extxyz"
-    said = run("data.py", "pack", *files, "--out", tmp_path / "set", "--workers", 1, ok=False)
+    text = "1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n"
+    (tmp_path / "text.extxyz").write_text(text)
+    said = pack(tmp_path, "frames.traj", "text.extxyz", ok=False)
     assert not (tmp_path / "set").exists()
     for k, (reason, _) in enumerate(BAD.values(), 1):
         assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
     assert "bad: text.extxyz#0: cannot be read" in said and "12 frames are unusable" in said
-    said = run("data.py", "pack", *files, "--out", tmp_path / "set", "--bad", "skip", "--workers", 1)
+    said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")
     assert "12 skipped" in said and "1 frames without stress" in said
     assert data.PackedSet(tmp_path / "set").has_stress.tolist() == [True, False]
     atoms = labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3))
@@ -279,13 +261,15 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
 
 
 def test_what_has_no_training_frame_is_told(tmp_path):
-    frames = [labelled(bulk("Si", a=5 + k / 10)) for k in range(20)]
-    frames[np.random.RandomState(42).permutation(20)[19]].symbols[0] = "Ge"  # the only one to validate with
+    lone = np.random.RandomState(42).permutation(20)[19]  # the only one to validate with
+    frames = [labelled(bulk("Ge" if k == lone else "Si", "diamond", 5 + k / 10)) for k in range(20)]
     ase.io.write(tmp_path / "a.traj", frames)
-    said = run("data.py", "pack", tmp_path / "a.traj", "--out", tmp_path / "set", "--workers", 1)
+    said = pack(tmp_path, "a.traj")
     assert "warning: elements without a training frame, whose E0 is set to 0 eV: atomic numbers [32]" in said
+    shutil.rmtree(tmp_path / "set")
     ase.io.write(tmp_path / "one.traj", frames[0])
-    said = run("data.py", "pack", tmp_path / "one.traj", "--out", tmp_path / "one", "--workers", 1, ok=False)
+    said = pack(tmp_path, "one.traj", ok=False)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.traj", "one.traj"]
     assert "error: no training frame with an energy" in said
 
 
@@ -294,7 +278,7 @@ def test_what_breaks_off_is_skipped_and_moves_no_other_frame(tmp_path):
     frame = "1\nenergy={} pbc=F frame_id=f-{} Properties=species:S:1:pos:R:3:forces:R:3\nSi {} 0 0 0 0 0\n"
     text = "".join(frame.format("N/A" if k == 3 else -k, k, k) + "\n" * (k == 7) for k in range(41))
     (tmp_path / "a.extxyz").write_text(text + "3\nenergy=1\nSi 0 0 0\n")
-    said = run("data.py", "pack", tmp_path / "a.extxyz", "--out", tmp_path / "set", "--bad", "skip", "--workers", 1)
+    said = pack(tmp_path, "a.extxyz", "--bad", "skip")
     assert "skipped: a.extxyz#3: energy not there" in said and "a.extxyz#41: the file ends in the middle" in said
     p = data.PackedSet(tmp_path / "set")
     assert len(p.n_atoms) == 40
@@ -319,19 +303,14 @@ def test_bad_files_give_one_line(tmp_path):
     whole[60:80] = b"x" * 20
     (tmp_path / "damaged.zip").write_bytes(whole)
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
-    bad = [tmp_path / name for name in ("empty.extxyz", "text.extxyz", "latin.extxyz", "damaged.zip")]
-    said = run("data.py", "pack", *bad, "--out", tmp_path / "set", "--workers", 1, ok=False)
-    assert (
-        all(f"bad: {f.name}" in said for f in bad)
-        and said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
-    )
-    said = run("data.py", "pack", tmp_path / "none.extxyz", "--out", tmp_path / "set", "--workers", 1, ok=False)
-    assert "error: " in said and "No such file" in said
-    said = run("data.py", "pack", tmp_path / "text.extxyz", "--out", tmp_path / "set", "--val", "5", ok=False)
-    assert "--val is a share, between 0 and 1, not 5" in said
-    assert "not a whole zip" in run(
-        "data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False
-    )
+    bad = "empty.extxyz", "text.extxyz", "latin.extxyz", "damaged.zip"
+    said = pack(tmp_path, *bad, ok=False)
+    assert all(f"bad: {name}" in said for name in bad)
+    assert said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
+    assert "error: [Errno 2] No such file" in pack(tmp_path, "none.extxyz", ok=False)
+    assert "--val is a share, between 0 and 1, not 5" in pack(tmp_path, "text.extxyz", "--val", "5", ok=False)
+    said = run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)
+    assert "not a whole zip" in said
     with pytest.raises(FileNotFoundError, match="no packed set"):
         data.PackedSet(tmp_path / "nothing")
 
