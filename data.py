@@ -207,11 +207,8 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     problems, or "fail" after naming them. limits: as of `frame_arrays`. Raises ValueError or OSError with a one-line reason.
     """
     parts, problems, n_read, futures, frames = [], [], 0, deque(), read_frames(files)
-    workers, one_thread = workers or os.cpu_count(), dict(initializer=torch.set_num_threads, initargs=(1,))
-    with (
-        tqdm(desc=f"packing {out}", unit="frame", disable=None) as bar,
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **one_thread) as pool,
-    ):
+    workers, bar = workers or os.cpu_count(), tqdm(desc=f"packing {out}", unit="frame", disable=None)
+    with bar, ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
             while (job := list(itertools.islice(frames, 64))) or futures:
                 if job:
@@ -295,9 +292,7 @@ class PackedSet:
     def __init__(self, path, cutoff=CUTOFF, device="cpu"):
         self.path, self.cutoff, self.device = Path(path), cutoff, torch.device(device)
         if not (self.path / "meta.json").is_file():
-            raise FileNotFoundError(
-                f"no packed set at {path}: make one with `python data.py sample`, `mptrj` or `pack`"
-            )
+            raise FileNotFoundError(f"no packed set at {path}: `python data.py sample`, `mptrj` or `pack` makes one")
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
             a = {k: np.load(self.path / f"{k}.npy", mmap_mode="c") for k in ARRAYS}
@@ -494,9 +489,7 @@ def complete_cell(cell, pbc):
     axes = torch.eye(3, dtype=cell.dtype, device=cell.device)
     for k in range(3):
         a, b = cell[:, k - 2], cell[:, k - 1]
-        a = torch.where(
-            a.any(1, keepdim=True), a, axes[b.abs().argmin(1)]
-        )  # for a missing row, an axis across the other
+        a = torch.where(a.any(1, keepdim=True), a, axes[b.abs().argmin(1)])  # if missing, the axis most normal to b
         b = torch.where(b.any(1, keepdim=True), b, axes[a.abs().argmin(1)])
         cell[:, k] = torch.where(pbc[:, k, None], cell[:, k], torch.nn.functional.normalize(torch.linalg.cross(a, b)))
     return cell

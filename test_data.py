@@ -34,7 +34,7 @@ def run(*command, ok=True):
         code, out = 0, io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             patch.setattr(sys, "argv", list(map(str, command)))
-            patch.setattr(data, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+            patch.setattr(data, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
             try:
                 data.main()
             except SystemExit as e:
@@ -143,9 +143,8 @@ def pack(folder, *command, ok=True):
 def packed(frames, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     ase.io.write(folder / "frames.extxyz", frames)
-    print(
-        run(HERE / "data.py", "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1)
-    )
+    script = HERE / "data.py"  # in a process of its own
+    run(script, "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1)
     return folder / "set"
 
 
@@ -206,9 +205,8 @@ def test_other_formats_and_constraints(tmp_path):
     """Anything ASE reads, whatever its name; forces as computed, not zeroed on fixed atoms; in frames or not, no duplicate."""
     from ase.constraints import FixAtoms
 
-    frames = [
-        labelled(bulk("NaCl", "rocksalt", a), -7.0, [[0, 0, 0.5], [0, 0, -0.5]]) for a in (5.6, 5.7, 5.8, 5.9, 5.8)
-    ]
+    forces = [[0, 0, 0.5], [0, 0, -0.5]]
+    frames = [labelled(bulk("NaCl", "rocksalt", a), -7.0, forces) for a in (5.6, 5.7, 5.8, 5.9, 5.8)]
     for atoms in frames:
         atoms.set_constraint(FixAtoms([0]))
     ase.io.write(tmp_path / "run@300K.traj", frames[:3])
@@ -233,10 +231,7 @@ BAD = {
     "unknown element": ("unknown element", labelled(Atoms("X"))),
     "zero volume": ("zero volume", labelled(Atoms("Si", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True))),
     "absurd force": ("force of 5000.0 eV/A", labelled(bulk("Si"), forces=[[5000, 0, 0], [0, 0, 0]])),
-    "on top of each other": (
-        "two atoms 0.000 A apart",
-        labelled(Atoms("Si2", [[0, 0, 0]] * 2, cell=[9] * 3, pbc=True)),
-    ),
+    "two at one place": ("two atoms 0.000 A apart", labelled(Atoms("Si2", [[0, 0, 0]] * 2, cell=[9] * 3, pbc=True))),
     "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
 }
 
