@@ -51,11 +51,9 @@ def names_of(files):
 
 
 def read_frames(files):
-    """Yield (name, content, share of the bytes read before) for the frames in files and in zips of files, by name.
-
-    content: the text of an extxyz frame; a ValueError where an extxyz file breaks off; of a whole file in another format,
-    (path, name in the zip or None). Raises OSError.
-    """
+    """Yield (name, content, share of the bytes read before) for the frames in files and in zips of files, by name. content:
+    the text of an extxyz frame; a ValueError where an extxyz file breaks off; for a file of another format, which holds any
+    number of frames, (path, its name in the zip or None). Raises OSError."""
     members = []  # (name, path, name in the zip or None, how to open it, bytes)
     for path, name in zip(map(Path, files), names_of(files)):
         if zipfile.is_zipfile(path):
@@ -68,9 +66,8 @@ def read_frames(files):
             members.append((name, path, None, functools.partial(open, path, "rb"), path.stat().st_size))
     done, total = 0, max(sum(size for *_, size in members), 1)
     for name, path, member, opener, size in members:
-        is_extxyz = name.endswith(("xyz", "XYZ"))
-        for frame in split_extxyz(name, opener) if is_extxyz else [(name, (path, member))]:
-            yield *frame, done / total
+        frames = split_extxyz(name, opener) if name.endswith(("xyz", "XYZ")) else [(name, (path, member))]
+        yield from ((*frame, done / total) for frame in frames)
         done += size
 
 
@@ -129,10 +126,8 @@ def check_geometry(atoms):
 
 
 def frame_arrays(atoms, name, limits):
-    """The arrays of one frame. Labels are taken as ASE holds them, before constraints; the stress may be absent.
-
-    limits: bounds on |energy| in eV/atom, force in eV/A, |stress component| in eV/A^3. Raises ValueError with what is wrong.
-    """
+    """The arrays of one frame, labels as ASE holds them before constraints; the stress may be absent. limits: bounds on
+    |energy|, eV/atom, force, eV/A, and |stress|, eV/A^3. Raises ValueError with what is wrong."""
     check_geometry(atoms)
     results = atoms.calc.results if atoms.calc else {}
     labels = {k: results.get(k) for k in ("energy", "forces", "stress")}
@@ -201,11 +196,9 @@ def pack_job(job, limits):
 
 
 def pack(files, out, source, split, bad="fail", limits=(), workers=None):
-    """Parse files in parallel, check each frame, drop those that occurred before, write a packed set.
-
-    split(arrays, n) -> (S,): the splits of the frames, which are arrays["order"] of the n read. bad: "skip" frames with
-    problems, or "fail" after naming them. limits: as of `frame_arrays`. Raises ValueError or OSError with a one-line reason.
-    """
+    """Parse files in parallel, check each frame, drop those that occurred before, write a packed set. bad: "skip" frames
+    with problems, or "fail" after naming them. limits: of `frame_arrays`. split(arrays, n) -> (S,): TRAIN, VAL, .. of the
+    frames, which are arrays["order"] of the n read. Raises ValueError or OSError with a one-line reason."""
     parts, problems, n_read, futures, frames = [], [], 0, deque(), read_frames(files)
     workers, bar = workers or os.cpu_count(), tqdm(desc=f"packing {out}", unit="frame", disable=None)
     with bar, ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -498,11 +491,10 @@ def complete_cell(cell, pbc):
 def linked_cells(positions, cell, pbc, structure, cutoff):
     """Bins for `neighbor_list`, on the device of positions (A, 3) and cell (S, 3, 3), A, float64, pbc (S, 3) bool, structure
     (A,) ascending. A >= 1. Any cell with a volume: short, skewed, left-handed, partly periodic; atoms may lie outside.
-
-    Returns these and, int64, for each atom its bin (A, 3) and wrap (A, 3), the cells it lies outside its own; for each
+    Returns these and, int64, of each atom its bin (A, 3) and wrap (A, 3), the cells it lies outside its own; of each
     structure its first bin, the number of bins along each axis (S, 3), and how many the cutoff reaches over; and order:
     atoms by bin, those of bin b from start[b] to start[b+1]."""
-    # Fractional coordinates in [0, 1). Along an open direction the box spans the atoms.
+    # Fractional coordinates, and the cell they are in. Along an open direction the box spans the atoms.
     inverse = torch.linalg.inv(complete_cell(cell, pbc))
     frac = torch.einsum("ai,aij->aj", positions, inverse[structure])
     is_open = ~pbc[structure]
@@ -512,7 +504,6 @@ def linked_cells(positions, cell, pbc, structure, cutoff):
     extent = torch.where(pbc, 1.0, (high - low).clamp(min=1.0))
     frac = torch.where(is_open, (frac - low[structure]) / extent[structure], frac)
     wrap = torch.where(is_open, 0, frac.floor()).long()
-    frac = frac - wrap
 
     # Bins, at most about 64 an atom, and how many of them the cutoff spans.
     height = extent / torch.linalg.vector_norm(inverse, dim=1)  # distance between opposite faces of the box
@@ -524,7 +515,7 @@ def linked_cells(positions, cell, pbc, structure, cutoff):
     reach = torch.where(pbc, reach, torch.minimum(reach, bins - 1))
     n_bins = bins.prod(1)
     first_bin = n_bins.cumsum(0) - n_bins
-    bin3 = torch.minimum((frac * bins[structure]).long().clamp(min=0), bins[structure] - 1)  # (A, 3)
+    bin3 = torch.minimum(((frac - wrap) * bins[structure]).long().clamp(min=0), bins[structure] - 1)  # (A, 3)
     bin_of_atom = bin_number(bin3, first_bin, bins, structure)
     start = torch.nn.functional.pad(torch.bincount(bin_of_atom, minlength=int(n_bins.sum())).cumsum(0), (1, 0))
     atoms = dict(positions=positions, structure=structure, bin=bin3, wrap=wrap)
@@ -538,12 +529,10 @@ def bin_number(b, first_bin, bins, s):
 
 
 def neighbor_list(bins, cutoff):
-    """All pairs closer than `cutoff`, A, over periodic images, from the bins of `linked_cells`.
-
-    Returns, on their device, senders (E,), receivers (E,) ascending, row_ptr (A+1,), shifts (E, 3), and the edge vectors
-    (E, 3), float64, positions[sender] - positions[receiver] + shift @ cell. An atom is its own neighbour only through an
-    image. For CUDA, build the bins on the CPU and move them: 200 tiny launches would queue behind the model.
-    """
+    """All pairs closer than `cutoff`, A, over periodic images, from the bins of `linked_cells`. Returns, on their device,
+    senders (E,), receivers (E,) ascending, row_ptr (A+1,), shifts (E, 3), and the edge vectors (E, 3), float64,
+    positions[sender] - positions[receiver] + shift @ cell. An atom is its own neighbour only through an image.
+    For CUDA, build the bins on the CPU and move them: 200 tiny launches would queue behind the model."""
     if bins["positions"].is_cuda:
         import kernels
 
@@ -554,11 +543,10 @@ def neighbor_list(bins, cutoff):
 def find_pairs(cutoff, positions, structure, bin, wrap, cell, pbc, bins, reach, first_bin, order, start):
     """The edges as `neighbor_list` returns them, on the CPU. Its twin for CUDA is in kernels.py."""
     span, count = 2 * reach + 1, start.diff()
-    n_visits = span.prod(1)[structure]  # bins that an atom looks through
     inside = positions - shift_vectors(wrap, cell, structure)
     out = []
     for block in torch.arange(len(positions)).split(50_000):  # bounds the memory of the candidates
-        atom, visit = ragged(block, n_visits[block])
+        atom, visit = ragged(block, span.prod(1)[structure[block]])  # the bins that each atom looks through
         s = structure[atom]
         ny, nz = span[s, 1], span[s, 2]
         step = torch.stack([visit // (ny * nz), visit // nz % ny, visit % nz], 1)
@@ -578,8 +566,7 @@ def find_pairs(cutoff, positions, structure, bin, wrap, cell, pbc, bins, reach, 
         i = atom[pair]
         shift = image[pair] - wrap[j] + wrap[i]
         vector = positions[j] - positions[i] + shift_vectors(shift, cell, structure[i])
-        keep = vector.square().sum(1) < cutoff**2
-        keep &= (i != j) | (shift != 0).any(1)
+        keep = (vector.square().sum(1) < cutoff**2) & ((i != j) | (shift != 0).any(1))
         out.append((j[keep], i[keep], shift[keep], vector[keep]))
     senders, receivers, shifts, vectors = (torch.cat(x) for x in zip(*out))
     return senders, receivers, torch.searchsorted(receivers, torch.arange(len(positions) + 1)), shifts, vectors
@@ -620,8 +607,7 @@ def split_sample(a, n):
 
 
 def fetch_sample(out="data/sample", workers=None, more=()):
-    """DFT (PBE, PBE+U) frames of the MatterSim benchmark sets, out of its source distribution, which pip fetches. more: files
-    whose frames are trained on as well."""
+    """DFT (PBE, PBE+U) frames of the MatterSim benchmarks, from its source distribution; `more` files are for training."""
     folder, (name, sha256) = Path(out).parent, SAMPLE
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:

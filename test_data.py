@@ -17,6 +17,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.geometry import complete_cell
 from ase.neighborlist import primitive_neighbor_list
 
@@ -31,16 +32,16 @@ def run(*command, ok=True):
         out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True)
         code, said = out.returncode, out.stdout + out.stderr
     else:
-        code, out = 0, io.StringIO()
+        out = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             patch.setattr(sys, "argv", list(map(str, command)))
             patch.setattr(data, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
             try:
-                data.main()
+                code = data.main()
             except SystemExit as e:
                 code = e.code
-        said = f"{out.getvalue()}{code}"
-    assert "Traceback" not in said and (code == 0) == ok, said
+        said = f"{out.getvalue()}{code or ''}"
+    assert "Traceback" not in said and (not code) == ok, said
     return said
 
 
@@ -76,7 +77,6 @@ def odd_structures():
 @pytest.mark.parametrize("cutoff, n", [(6.0, 340), (3.3, 60)])
 def test_neighbor_list_equals_ase(cutoff, n):
     structures = odd_structures()[:n]
-    assert len(structures) == n
     b = batch_of(structures, cutoff)
     assert (b.receivers.diff() >= 0).all()
     assert (b.row_ptr.diff() == torch.bincount(b.receivers, minlength=len(b.numbers))).all()
@@ -134,8 +134,7 @@ def frames():
 
 
 def pack(folder, *command, ok=True):
-    """`data.py pack`, of files in a folder, to its subfolder `set`."""
-    command = [folder / c if "." in c else c for c in command]
+    command = [folder / c if "." in c else c for c in command]  # files, among options
     return run("data.py", "pack", *command, "--out", folder / "set", "--workers", 1, ok=ok)
 
 
@@ -143,16 +142,14 @@ def pack(folder, *command, ok=True):
 def packed(frames, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     ase.io.write(folder / "frames.extxyz", frames)
-    script = HERE / "data.py"  # in a process of its own
-    run(script, "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1)
+    run(HERE / "data.py", "pack", folder / "frames.extxyz", "--out", folder / "set", "--val", "0.2", "--workers", 1)
     return folder / "set"
 
 
 def test_pack_keeps_every_number(frames, packed):
     p = data.PackedSet(packed)
-    assert len(p.n_atoms) == len(frames)
-    b = p.batch(np.arange(len(frames)))
-    for k, atoms in enumerate(frames):
+    b = p.batch(np.arange(len(p.n_atoms)))
+    for k, atoms in zip(range(len(b.cell)), frames, strict=True):
         of = b.structure == k
         assert p.name(k) == atoms.info["frame_id"]
         assert b.numbers[of].tolist() == atoms.numbers.tolist()
@@ -203,8 +200,6 @@ def test_mptrj_from_a_zip_of_its_form(frames, packed, tmp_path):
 
 def test_other_formats_and_constraints(tmp_path):
     """Anything ASE reads, whatever its name; forces as computed, not zeroed on fixed atoms; in frames or not, no duplicate."""
-    from ase.constraints import FixAtoms
-
     forces = [[0, 0, 0.5], [0, 0, -0.5]]
     frames = [labelled(bulk("NaCl", "rocksalt", a), -7.0, forces) for a in (5.6, 5.7, 5.8, 5.9, 5.8)]
     for atoms in frames:
@@ -238,21 +233,18 @@ BAD = {
 
 def test_bad_frames_are_named_and_skipped(tmp_path):
     good = [labelled(bulk("Si", a=5.4)), labelled(bulk("Si", a=5.5), stress=False)]
-    frames = [good[0], *[atoms for _, atoms in BAD.values()], good[1]]
-    ase.io.write(tmp_path / "frames.traj", frames)
+    ase.io.write(tmp_path / "frames.traj", [good[0], *[atoms for _, atoms in BAD.values()], good[1]])
     text = "1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n"
     (tmp_path / "text.extxyz").write_text(text)
     said = pack(tmp_path, "frames.traj", "text.extxyz", ok=False)
-    assert not (tmp_path / "set").exists()
     for k, (reason, _) in enumerate(BAD.values(), 1):
         assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
     assert "bad: text.extxyz#0: cannot be read" in said and "12 frames are unusable" in said
-    said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")
+    said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")  # which fails if there was a set
     assert "12 skipped" in said and "1 frames without stress" in said
     assert data.PackedSet(tmp_path / "set").has_stress.tolist() == [True, False]
-    atoms = labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3))
     with pytest.raises(ValueError, match="stress is not symmetric"):
-        data.frame_arrays(atoms, "a.xyz#0", ())
+        data.frame_arrays(labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3)), "a.xyz#0", ())
 
 
 def test_what_has_no_training_frame_is_told(tmp_path):
@@ -312,8 +304,7 @@ def test_bad_files_give_one_line(tmp_path):
 
 def test_damaged_set_is_told(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
-    with open(tmp_path / "set" / "forces.npy", "r+b") as f:
-        f.truncate(200)
+    (tmp_path / "set" / "forces.npy").write_bytes((packed / "forces.npy").read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged"):
         data.PackedSet(tmp_path / "set")
     shutil.copy(packed / "forces.npy", tmp_path / "set")
@@ -333,8 +324,7 @@ def test_sample_offline(tmp_path, monkeypatch):
 
 def test_sample_split():
     """No material on two sides; nothing above 20 eV/A; validation and test from mptrj-random-1k."""
-    rng = np.random.default_rng(0)
-    n = 3000
+    rng, n = np.random.default_rng(0), 3000
     materials = np.array([f"mp-{i}".encode() for i in rng.integers(0, 1200, n)])
     names = rng.choice([b"mptrj-random-1k.xyz#7", b"mptrj-highest-stress-1k.xyz#7"], n)
     forces = rng.normal(size=(2 * n, 3)) * rng.choice([1, 12], (2 * n, 1), p=[0.95, 0.05])
@@ -345,8 +335,7 @@ def test_sample_split():
     largest = np.linalg.norm(forces, axis=1).reshape(n, 2).max(1)
     assert (split[largest > 20] == data.EXCLUDED).all() and largest[split != data.EXCLUDED].max() <= 20
     assert set(names[np.isin(split, [data.VAL, data.TEST])]) == {b"mptrj-random-1k.xyz#7"}
-    for m in sides[1]:
-        assert int(hashlib.sha256(m).hexdigest(), 16) % 1000 < 300
+    assert all(int(hashlib.sha256(m).hexdigest(), 16) % 1000 < 300 for m in sides[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,11 +345,9 @@ def test_sample_split():
 def test_every_frame_once_an_epoch_and_reproducible():
     train = np.arange(100, 131)
     seen = np.concatenate([data.step_indices(train, 8, 5, step) for step in range(31)])  # 8 epochs
-    for epoch in seen.reshape(8, 31):
-        assert sorted(epoch) == sorted(train)
-    assert (seen[:31] != seen[31:62]).any()
+    assert all(sorted(epoch) == sorted(train) for epoch in seen.reshape(8, 31))
     assert (data.step_indices(train, 8, 5, 17) == seen[17 * 8 : 18 * 8]).all()
-    assert (data.step_indices(train, 8, 6, 0) != seen[:8]).any()
+    assert (seen[:31] != seen[31:62]).any() and (data.step_indices(train, 8, 6, 0) != seen[:8]).any()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
