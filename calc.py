@@ -56,9 +56,7 @@ def list_with_skin(numbers, positions, cell, pbc, n_atoms, cutoff, device=None):
 
 def at(listed, positions, cell, cutoff, trim=True):
     """A Batch with those edges of `listed` that are within the cutoff (A) at other positions (A, 3) and cell (S, 3, 3).
-
-    Without `trim` nothing waits for the GPU: edges keep their number, and those from row_ptr[-1] on mean nothing.
-    """
+    Without `trim` nothing waits for the GPU: edges keep their number, and those from row_ptr[-1] on mean nothing."""
     b = dataclasses.replace(listed, positions=positions, cell=cell, shifts=None)
     vectors, one = positions[b.senders] - positions[b.receivers], len(cell) == 1
     vectors += listed.shifts @ cell[0] if one else data.shift_vectors(listed.shifts, cell, b.structure[b.receivers])
@@ -74,10 +72,8 @@ def at(listed, positions, cell, cutoff, trim=True):
 
 def still_complete(listed_positions, inverse_cell, positions, cell, structure, cutoff):
     """(S,) bool: no pair that was farther apart than cutoff + SKIN when the list was made can be within the cutoff now.
-
     With F = inverse_cell (S, 3, 3, of the list) @ cell, an atom has moved from x0 to x0 F + u. A pair that was d0 apart
-    is now at least sigma d0 - 2 max|u| apart; sigma, the least singular value of F, is no less than 1 - |F - 1|.
-    """
+    is now at least sigma d0 - 2 max|u| apart; sigma, the least singular value of F, is no less than 1 - |F - 1|."""
     f = inverse_cell @ cell
     u = positions - row_times(listed_positions, f, structure)
     farthest = u.new_zeros(len(cell)).scatter_reduce(0, structure, torch.linalg.vector_norm(u, dim=1), "amax")
@@ -137,9 +133,7 @@ def matrix_exp(m):
     for k in range(1, 11):
         term = term @ m / k
         out = out + term
-    for _ in range(4):
-        out = out @ out
-    return out
+    return torch.linalg.matrix_power(out, 16)
 
 
 def matrix_log(f):
@@ -159,8 +153,7 @@ def inverse(m):
 def generalized_forces(s, forces, stress, mask):
     """Forces on x (A, 3) and on n log_f (S, 3, 3), eV/A, as of FrechetCellFilter; zero for a cell that stays."""
     volume = torch.linalg.det(s["cell"]).abs()[:, None, None]
-    virial = torch.where(s["pbc"].all(1)[:, None, None], -volume * stress, 0)
-    virial = virial if mask is None else virial * mask
+    virial = torch.where(s["pbc"].all(1)[:, None, None], -volume * stress, 0) * (1 if mask is None else mask)
     f = matrix_exp(s["log_f"])
     # The adjoint of the derivative of exp at log_f is the derivative at its transpose: a block of a 6 x 6 exponential.
     block = f.new_zeros(len(f), 6, 6)
@@ -174,9 +167,8 @@ def fire_step(s, forces, cell_forces, active, mask, symmetry):
     """One step of FIRE for the `active` structures (S,), with the forces of `generalized_forces`. Updates the state `s`."""
     structure, v, w, dt, mix = (s[k] for k in ("structure", "velocity", "cell_velocity", "dt", "mix"))
 
-    def total(x, y):  # over the atoms (A, 3) and the rows of the cell (S, 3, 3) of each structure: (S,)
-        return y.sum((1, 2)).index_add(0, structure, x.sum(1))
-
+    # The sum over the atoms (A, 3) and the cell's rows (S, 3, 3) of each structure: (S,)
+    total = lambda x, y: y.sum((1, 2)).index_add(0, structure, x.sum(1))
     good = total(forces * v, cell_forces * w) > 0
     halt, faster = ~good & (s["step"] > 0), good & (s["downhill"] > 5)
     ratio = total(v * v, w * w) / total(forces**2, cell_forces**2).clamp(min=1e-300)
@@ -235,13 +227,12 @@ def symmetric_vectors(v, cell, structure, symmetry):
     return row_times(scaled / n_rotations[structure, None], cell, structure)
 
 
-STATE = "numbers positions velocity pbc n_atoms cell0 cell log_f cell_velocity dt mix downhill step converged".split()
-RESULT = "positions n_atoms cell step converged failed nearest energy forces stress".split()
 PER_ATOM = "numbers positions velocity forces".split()  # (A, ...); all else is (S, ...)
+RESULT = "positions n_atoms cell step converged failed nearest energy forces stress".split()
 
 
 def at_rest(records, device):
-    """The state of structures whose relaxation begins, a dict of tensors."""
+    """The state, a dict of tensors, of structures whose relaxation begins."""
     pack = lambda join, arrays: torch.from_numpy(join(list(arrays))).to(device)
     s = {k: pack(np.concatenate, (getattr(r["atoms"], k) for r in records)) for k in ("numbers", "positions")}
     s |= dict(pbc=pack(np.stack, (r["atoms"].pbc for r in records)), cell=pack(np.stack, (r["cell"] for r in records)))
@@ -293,8 +284,7 @@ def start(index, atoms, model, steps, symprec):
     check(atoms, model)
     if atoms.constraints and steps:
         raise ValueError("constraints are not supported here: use ASE's optimizers, or symprec for FixSymmetry")
-    r = dict(index=index, atoms=atoms.copy())
-    atoms, n, cell, extent = r["atoms"], len(atoms), atoms.cell.array, 1
+    atoms, symmetry, n, extent = atoms.copy(), {}, len(atoms), 1
     atoms.set_constraint()
     if symprec is not None:
         if not atoms.pbc.all():
@@ -303,13 +293,15 @@ def start(index, atoms, model, steps, symprec):
             found = FixSymmetry(atoms, symprec)  # refines the atoms
         except Exception as e:  # spglib and ASE raise many kinds
             raise ValueError(f"no symmetry found at {symprec} A ({e})") from None
-        r |= dict(rotations=found.rotations, maps=np.array(found.symm_map))
-        cell = atoms.cell.array
+        symmetry = dict(rotations=found.rotations, maps=np.array(found.symm_map))
+    cell = atoms.cell.array
     if not atoms.pbc.all():
         cell = data.complete_cell(torch.from_numpy(cell)[None], torch.from_numpy(atoms.pbc)[None])[0].numpy()
         extent = np.where(atoms.pbc, 1, np.ptp(atoms.positions @ np.linalg.inv(cell), axis=0) + 2).prod()
-    density = n / (abs(np.linalg.det(cell)) * extent)  # as if they were spread evenly over the cell
-    return r | dict(cell=cell, edges=n * max(density * 4 / 3 * math.pi * model.config["cutoff"] ** 3, 1))
+    neighbors = (
+        n / (abs(np.linalg.det(cell)) * extent) * 4 / 3 * math.pi * model.config["cutoff"] ** 3
+    )  # if spread evenly
+    return dict(index=index, atoms=atoms, cell=cell, edges=n * max(neighbors, 1)) | symmetry
 
 
 def end(r):
@@ -339,7 +331,8 @@ def check(atoms, model):
     unknown = set(atoms.numbers.tolist()) - set(model.config["atomic_numbers"])
     if unknown:
         raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
-    for site, shares in (atoms.info.get("occupancy") or {}).items():  # ASE reads it from .cif files
+    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files
+    for site, shares in occupancy.items() if isinstance(occupancy, dict) else ():
         if min(shares.values()) < 1:
             raise ValueError(f"site {site} is partly occupied ({', '.join(f'{k} {v:g}' for k, v in shares.items())})")
 
@@ -426,8 +419,8 @@ class NequixCalculator(Calculator):
 
     @torch.inference_mode(False)
     def hessian(self, atoms):
-        """d^2E / dr dr, (3n, 3n) eV/A^2, rows and columns atom by atom, x, y, z; by differentiating twice, symmetric to rounding.
-        Plain torch on any device: the fused kernels have no second derivative. Raises ValueError."""
+        """d^2E / dr dr, (3n, 3n) eV/A^2, rows and columns atom by atom, x, y, z. Differentiates twice, by plain torch on any device:
+        the fused kernels have no second derivative. Raises ValueError."""
         model, b = copy.copy(self.model), self.moved(self.locate(atoms.copy()))
         model.conv = "torch"
 
@@ -462,21 +455,19 @@ class NequixCalculator(Calculator):
 
     @torch.inference_mode(False)
     def relax(self, atoms_iterable, fmax, steps, cell_mask=None, symprec=None):
-        """Relax a stream of Atoms, positions and, where periodic in three directions, the cell; many at a time.
+        """Relax a stream of Atoms, many at a time: positions and, where periodic in three directions, the cell.
 
-        Same path as ASE's FIRE on FrechetCellFilter(atoms, mask=cell_mask): until every force and row of the cell's forces
+        Same path as ASE's FIRE on FrechetCellFilter(atoms, mask=cell_mask), until every force and row of the cell's forces
         is below fmax (eV/A), or for `steps` steps. cell_mask: (6,) in Voigt order or (3, 3); zeros fix the cell.
         symprec: keep the symmetry found at this precision (A), as FixSymmetry does; needs spglib.
         Yields (index, atoms, energy, converged, steps, error) as structures finish: index in the stream, a new Atoms with
         results attached, eV, bool, steps taken, and None or one line. A bad structure stops no other. Reads the stream no
-        farther ahead than a twentieth of a batch. Raises ValueError for a bad mask, ImportError without spglib.
-        """
+        farther ahead than a twentieth of a batch."""
         if symprec is not None:
             import spglib  # noqa: F401, FixSymmetry needs it
-        mask = None
-        if cell_mask is not None and not np.all(cell_mask):
-            mask = np.asarray(cell_mask, float)
-            mask = (voigt_6_to_full_3x3_stress(mask) if mask.shape == (6,) else mask).reshape(3, 3)
+        mask = None if cell_mask is None or np.all(cell_mask) else np.asarray(cell_mask, float)
+        if mask is not None:
+            mask = (voigt_6_to_full_3x3_stress(mask) if mask.size == 6 else mask).reshape(3, 3)
             mask = torch.from_numpy(mask).to(self.device)
         stream, waiting, ended, live, s = enumerate(atoms_iterable), deque(), deque(), [], None
 
@@ -508,9 +499,9 @@ class NequixCalculator(Calculator):
                 return
             if live[n:]:
                 new = at_rest(live[n:], self.device)
-                s = {k: torch.cat([s[k], new[k]]) for k in STATE} if n else new
+                s = {k: torch.cat([s[k], new[k]]) for k in new} if n else new
 
-            symmetry = None if symprec is None else pack_symmetry(live, self.device)
+            names, symmetry = list(s), None if symprec is None else pack_symmetry(live, self.device)
             try:
                 for _ in until_some_finish(self.model, s, fmax, steps, mask, symmetry):  # the GPU is at work:
                     yield from results()
@@ -533,7 +524,7 @@ class NequixCalculator(Calculator):
                 columns = [v.split(done["n_atoms"].tolist()) if k in PER_ATOM else v for k, v in done.items()]
                 records = [r for r, flag in zip(live, finished.tolist()) if flag]
                 ended.extend(r | dict(zip(RESULT, x)) for r, *x in zip(records, *columns))
-            s, live = picked(s, keep, STATE), [r for r, kept in zip(live, keep.tolist()) if kept]
+            s, live = picked(s, keep, names), [r for r, flag in zip(live, keep.tolist()) if flag]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -562,7 +553,7 @@ def check_out(path, n_frames=1):
         raise ValueError(f"--out {path}: ASE cannot write {n_frames} structures as {known.name}")
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", metavar="FILE", help="anything ASE reads, all frames")
     p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
@@ -575,35 +566,34 @@ def main():
     p.add_argument("--precision", choices=["float32", "tf32", "float64"], default="float32", help="of the network")
     p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
     p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
-    a, out, failed = p.parse_args(), {}, 0
+    a, out, failed = p.parse_args(argv), {}, 0
     try:
         frames = list(read(a.files))
         if not frames:
             raise ValueError(f"no structures in {', '.join(a.files)}")
-        names, structures = zip(*frames)
         if a.out:
             check_out(a.out, len(frames))
         calc = NequixCalculator(a.weights, a.device, a.precision, a.conv)
         print(f"{a.weights}, {calc.model.precision}, convolution {calc.model.chosen_conv()}, device {calc.device}")
-        steps, symprec = (a.steps, a.symprec) if a.relax else (0, None)
-        if a.relax and not all(atoms.pbc.all() for atoms in structures):
+        if a.relax and not all(atoms.pbc.all() for _, atoms in frames):
             print("cells that are not periodic in all three directions stay as they are")
         row = "{:32} {:>16} {:>12} {:>12} {:>10} {:>10} {:>6}".format
         print(row("structure", "formula", "energy", "energy/atom", "max force", "pressure", "steps"))
         print(row("", "", "eV", "eV", "eV/A", "GPa", ""))
+        how = dict(steps=a.steps, symprec=a.symprec) if a.relax else dict(steps=0)
         try:
-            for index, atoms, energy, converged, taken, error in calc.relax(structures, a.fmax, steps, None, symprec):
-                what = names[index][-32:], str(atoms.symbols)[:16]
+            for index, atoms, energy, converged, steps, error in calc.relax((x for _, x in frames), a.fmax, **how):
+                name, formula = frames[index][0], str(atoms.symbols)[:16]
                 if error:
-                    print(f"{what[0]:32} {what[1]:>16} error: {error}")
                     failed += 1
+                    print(f"{name[-32:]:32} {formula:>16} error: {error}")
                     continue
-                out[index], stress = atoms, atoms.calc.results.get("stress")
-                atoms.info |= dict(structure=names[index]) | (dict(steps=taken, converged=converged) if a.relax else {})
-                force = np.linalg.norm(atoms.calc.results["forces"], axis=1).max()
-                pressure = "-" if stress is None else f"{-stress[:3].mean() / GPa:.3f}"
-                what += f"{energy:.5f}", f"{energy / len(atoms):.5f}", f"{force:.4f}", pressure, taken
-                print(row(*what) + (" not converged" if a.relax and not converged else ""))
+                r, out[index] = atoms.calc.results, atoms
+                atoms.info |= dict(structure=name) | (dict(steps=steps, converged=converged) if a.relax else {})
+                force = np.linalg.norm(r["forces"], axis=1).max()
+                pressure = f"{-r['stress'][:3].mean() / GPa:.3f}" if "stress" in r else "-"
+                numbers = f"{energy:.5f}", f"{energy / len(atoms):.5f}", f"{force:.4f}", pressure, steps
+                print(row(name[-32:], formula, *numbers) + " not converged" * (a.relax and not converged))
         finally:  # what was finished, also when interrupted
             if a.out and out:
                 ase.io.write(a.out, [out[i] for i in sorted(out)])
@@ -612,7 +602,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     if failed:
-        sys.exit(f"error: {failed} of {len(structures)} structures failed")
+        sys.exit(f"error: {failed} of {len(frames)} structures failed")
 
 
 if __name__ == "__main__":
