@@ -163,8 +163,7 @@ def test_list_keeps_nothing_that_the_caller_may_change(calc):
     calc.hessian(atoms)
     atoms.positions[0] += 3.0
     atoms.cell[0] *= 1.3
-    atoms.calc = calc
-    assert atoms.get_potential_energy() == pytest.approx(fresh(calc, atoms)[0][0], abs=1e-10)
+    assert calc.get_potential_energy(atoms) == pytest.approx(fresh(calc, atoms)[0][0], abs=1e-10)
 
 
 def test_edges_within_the_cutoff_are_those_of_a_list_made_anew():
@@ -263,14 +262,15 @@ def distorted():
     return out
 
 
-@pytest.mark.parametrize(
-    "mask", [None, [1, 1, 1, 0, 0, 0], [0] * 6, [1, 0, 1, 1, 0, 1], np.ones((3, 3)) - np.eye(3)], ids=str
-)
+MASKS = [None, [1, 1, 1, 0, 0, 0], [0] * 6, [1, 0, 1, 1, 0, 1], np.ones((3, 3)) - np.eye(3)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_relax_takes_the_path_of_ase(calc, mask):
     """In float64 step for step: as many steps, the same positions and cell; whatever is in the batch with it."""
     structures, seen = distorted(), []
-    for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.03, 16, cell_mask=mask):
-        expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.03, 16, mask)
+    for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.03, 25, cell_mask=mask):
+        expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.03, 25, mask)
         assert error is None and [converged, steps] == rest, (i, atoms)
         assert energy == pytest.approx(expected_energy, abs=1e-8) == atoms.get_potential_energy()
         np.testing.assert_allclose(atoms.positions, expected.positions, atol=1e-7)
@@ -279,27 +279,22 @@ def test_relax_takes_the_path_of_ase(calc, mask):
     assert sorted(seen) == list(range(len(structures)))
 
 
-@pytest.mark.parametrize("mask", [None, [1, 1, 1, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("mask", MASKS[:2], ids=str)
 def test_relax_keeps_symmetry_as_ase(calc, mask):
     """FixSymmetry on a tetragonal, a cubic, a hexagonal and a rhombohedral crystal."""
     pytest.importorskip("spglib")
-    rutile = Atoms("Pt2O4", cell=[4.6, 4.6, 3.0], pbc=True)
-    u = 0.31
-    rutile.set_scaled_positions(
-        [[0, 0, 0], [0.5] * 3, [u, u, 0], [-u, -u, 0], [0.5 + u, 0.5 - u, 0.5], [0.5 - u, 0.5 + u, 0.5]]
-    )
+    rutile, u, v = Atoms("Pt2O4", cell=[4.6, 4.6, 3.0], pbc=True), 0.31, 0.81
+    rutile.set_scaled_positions([[0, 0, 0], [0.5] * 3, [u, u, 0], [-u, -u, 0], [v, -v, 0.5], [-v, v, 0.5]])
     hexagonal = Atoms("Si2", cell=[[3, 0, 0], [-1.5, 1.5 * 3**0.5, 0], [0, 0, 5]], pbc=True)
     hexagonal.set_scaled_positions([[1 / 3, 2 / 3, 0.25], [2 / 3, 1 / 3, 0.75]])
     rhombohedral = bulk("NaCl", "rocksalt", 5.4)
-    rhombohedral.set_cell(
-        rhombohedral.cell.array @ (np.eye(3) + 0.03 * (np.ones((3, 3)) - np.eye(3))), scale_atoms=True
-    )
+    rhombohedral.set_cell(rhombohedral.cell.array @ (np.eye(3) + 0.03 * MASKS[4]), scale_atoms=True)
     rhombohedral.positions[1] += 0.1
     structures = [rutile, bulk("Si", cubic=True), hexagonal, rhombohedral]
     for atoms in structures:
         atoms.rattle(1e-4, seed=0)  # within symprec: refined away
-    for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.01, 20, mask, symprec=0.01):
-        expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.01, 20, mask, symprec=0.01)
+    for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.01, 30, mask, symprec=0.01):
+        expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.01, 30, mask, symprec=0.01)
         assert error is None and [converged, steps] == rest, (i, atoms)
         assert energy == pytest.approx(expected_energy, abs=1e-8)
         np.testing.assert_allclose(atoms.cell.array, expected.cell.array, atol=1e-7)
@@ -316,15 +311,11 @@ def test_relax_reaches_ases_own_minimum(mp1):
         frames = [ase.io.read(io.StringIO(z.read(m).decode()), ":100", format="extxyz") for m in picks]
     structures = [next(a for a in some if len(a) <= 4 + k % 3) for k, some in enumerate(frames)]
     f32 = NequixCalculator(MP1, "cpu")
-    worst, ours, theirs = 0, 0, 0
     for i, atoms, energy, converged, steps, error in f32.relax(structures, 0.02, 500):
         expected, expected_energy, *rest = ase_relaxed(structures[i], mp1, 0.02, 500)
         difference = 1000 * abs(energy - expected_energy) / len(atoms)
         print(f"{i} {atoms.symbols}: {difference:.4f} meV/atom; converged, steps: {converged} {steps}, ASE {rest}")
-        worst, ours, theirs = np.maximum(worst, difference), ours + converged, theirs + rest[0]
-        assert error is None
-    print(f"{n} structures: largest difference {worst:.4f} meV/atom; converged {ours}, ASE {theirs}")
-    assert worst < 1
+        assert error is None and difference < 1
 
 
 def test_relax_streams(calc):
@@ -366,13 +357,13 @@ def test_bad_structures_stop_no_other(calc):
 
 
 def test_out_of_memory_halves_the_budget(calc, monkeypatch):
-    """The model fails above 1,500 edges: all the same results come out, but for what does not fit at all."""
+    """The model fails above 700 edges: the results are the same, except of what does not fit at all."""
     small = [bulk("NaCl", "rocksalt", 5.6 + 0.05 * k) for k in range(16)]
     large = bulk("Si", cubic=True) * 4
     expected = {r[0]: r for r in calc.relax(small, 0.03, 8)}
 
     def limited(model, batch):
-        if len(batch.senders) > 1500:
+        if len(batch.senders) > 700:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return energy_forces_stress(model, batch)
 
@@ -402,8 +393,8 @@ BAD = {
     "element 200": (Atoms([200]), "atomic number 200"),
     "zero volume": (Atoms("Na", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True), "zero volume"),
     "no cell": (Atoms("Na", pbc=True), "zero volume"),
-    "at one place": (Atoms("Na2", np.zeros((2, 3))), "^two atoms 0.00 A apart$"),
-    "too close": (Atoms("NaCl", [[0, 0, 0], [0, 0, 4.95]], cell=[5, 5, 5], pbc=True), "^two atoms 0.05 A apart$"),
+    "at one place": (Atoms("Na2", np.zeros((2, 3))), "two atoms 0.00 A apart"),
+    "too close": (Atoms("NaCl", [[0, 0, 0], [0, 0, 4.95]], cell=[5, 5, 5], pbc=True), "two atoms 0.05 A apart"),
     "partly occupied": (MIXED, r"site 0 is partly occupied \(Na 0.5, Si 0.5\)"),
 }
 
@@ -413,8 +404,8 @@ def test_bad_atoms_are_refused(calc, name):
     atoms, words = BAD[name]
     calc.get_potential_energy(bulk("Si"))
     calls = [calc.get_potential_energy, calc.hessian, lambda a: calc.predict([bulk("Si"), a]), calc.calculate]
-    for ask in [*calls, calc.get_potential_energy]:  # and again: no results of the atoms before
-        with pytest.raises(ValueError, match=words if "^" not in words or ask != calls[2] else words[1:]):
+    for ask in [*calls, calc.get_potential_energy]:  # again: there are no results of the atoms before
+        with pytest.raises(ValueError, match=words):
             ask(atoms)
 
 
@@ -445,14 +436,13 @@ def test_without_gradients_around_it(weights, calc, mode):
 def command(weights, capsys):
     def command(*arguments, ok=True):
         """What calc.py prints, in this process."""
+        arguments += "--weights", weights, "--device", "cpu", "--precision", "float64"
         try:
-            calc_module.main(
-                [*map(str, arguments), "--weights", str(weights), "--device", "cpu", "--precision", "float64"]
-            )
+            calc_module.main(list(map(str, arguments)))
             assert ok
         except SystemExit as e:
-            assert not ok
             print(e.code)
+            assert not ok
         return capsys.readouterr().out
 
     return command
@@ -479,22 +469,15 @@ def test_command_line(weights, command, tmp_path):
     assert said.splitlines()[-1].endswith("3 not converged") and "steps" in said and "stay" not in said
     assert ase.io.read(out).info["converged"] == False  # noqa: E712, numpy's
     ase.io.write(tmp_path / "slab.traj", fcc111("Pt", (1, 1, 2), vacuum=8))
-    assert "cells that are not periodic in all three directions stay" in command(
-        tmp_path / "slab.traj", "--relax", "--steps", 1
-    )
-    for name, words in (
-        ("none/out.extxyz", "there is no folder"),
-        ("out.foo", "knows no such format"),
-        ("out", "no such format"),
-        ("out.vasp", "cannot write 2 structures as vasp"),
-    ):
+    assert "not periodic in all three directions stay" in command(tmp_path / "slab.traj", "--relax", "--steps", 1)
+    outs = {"none/out.extxyz": "there is no folder", "out.foo": "knows no such format", "out": "no such format"}
+    for name, words in (outs | {"out.vasp": "cannot write 2 structures as vasp"}).items():
         with pytest.raises(ValueError, match=words):
             calc_module.check_out(tmp_path / name, 2)
 
     ase.io.write(tmp_path / "bad.traj", [bulk("Si"), Atoms("Fe"), bulk("Si")])
     said = command(tmp_path / "bad.traj", ok=False)
-    assert "error: elements that the model lacks: Fe" in said
-    assert said.strip().endswith("error: 1 of 3 structures failed")
+    assert "error: elements that the model lacks: Fe" in said and said.endswith("error: 1 of 3 structures failed\n")
     (tmp_path / "text.xyz").write_text("hello\n")
     (tmp_path / "blank.extxyz").write_text("\n")
     assert "error: no structures in" in command(tmp_path / "blank.extxyz", ok=False)
