@@ -64,9 +64,10 @@ def at(listed, positions, cell, cutoff, trim=True):
     within = (vectors.square().sum(1) < cutoff**2) & (index < b.row_ptr[-1])
     count = torch.nn.functional.pad(within.cumsum(0), (1, 0))
     b.row_ptr, to = count[b.row_ptr], torch.where(within, count[:-1], len(vectors))
-    n = int(b.row_ptr[-1]) if trim else len(vectors)
-    close_up = lambda t: torch.cat([t, t[-1:]]).index_copy_(0, to, t)[:-1][:n]
-    b.senders, b.receivers, b.vectors = (close_up(t) for t in (b.senders, b.receivers, vectors))
+    close_up = lambda t: torch.cat([t, t[-1:]]).index_copy_(0, to, t)[:-1]
+    edges = [close_up(t) for t in (b.senders, b.receivers, vectors)]
+    n = int(b.row_ptr[-1]) if trim else None
+    b.senders, b.receivers, b.vectors = (t[:n] for t in edges)
     return b
 
 
@@ -298,10 +299,9 @@ def start(index, atoms, model, steps, symprec):
     if not atoms.pbc.all():
         cell = data.complete_cell(torch.from_numpy(cell)[None], torch.from_numpy(atoms.pbc)[None])[0].numpy()
         extent = np.where(atoms.pbc, 1, np.ptp(atoms.positions @ np.linalg.inv(cell), axis=0) + 2).prod()
-    neighbors = (
-        n / (abs(np.linalg.det(cell)) * extent) * 4 / 3 * math.pi * model.config["cutoff"] ** 3
-    )  # if spread evenly
-    return dict(index=index, atoms=atoms, cell=cell, edges=n * max(neighbors, 1)) | symmetry
+    sphere = 4 / 3 * math.pi * model.config["cutoff"] ** 3
+    edges = n * max(n / (abs(np.linalg.det(cell)) * extent) * sphere, 1)  # if the atoms were spread evenly
+    return dict(index=index, atoms=atoms, cell=cell, edges=edges) | symmetry
 
 
 def end(r):
@@ -353,10 +353,13 @@ class NequixCalculator(Calculator):
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch sees no CUDA device")
         self.model = load(weights, self.device, precision, conv)
-        self.model.chosen_conv()  # raises ValueError if it does not work here
         self.cutoff = self.model.config["cutoff"]
-        self.listed = self.step_graph = None  # the SkinList of the last calculate()
-        self.max_edges = None  # of a batch; see edge_budget
+        self.listed = self.step_graph = None  # the SkinList of the last calculate(), and perhaps a StepGraph
+        # Edges of a batch: what fits in 0.6 of the free memory, by the bytes that an edge takes in the paper's network; on a CPU so
+        # few that the caches hold much of it. relax halves it when the memory does not suffice all the same.
+        size = dict(torch=180_000, oeq=40_000, fused=4_000)[self.model.chosen_conv()] * (1 + (precision == "float64"))
+        on_cuda = self.device.type == "cuda"
+        self.max_edges = min(int(0.6 * torch.cuda.mem_get_info(self.device)[0] / size), 1_000_000) if on_cuda else 5_000
 
     def fingerprint(self):
         """12 hexadecimal digits of the weights and E0s."""
@@ -434,15 +437,6 @@ class NequixCalculator(Calculator):
             raise ValueError(NOT_FINITE)
         return hessian.cpu().numpy()
 
-    def edge_budget(self):
-        """Edges of a batch: what fits in 0.6 of the free memory, but at most a million; on a CPU so few that it takes the same
-        memory again and again. relax halves it if the memory runs out all the same."""
-        if self.max_edges is None and self.device.type == "cuda":
-            size = dict(torch=180_000, oeq=40_000, fused=4_000)  # bytes an edge takes in the paper's network
-            size = size[self.model.chosen_conv()] * (2 if self.model.precision == "float64" else 1)
-            self.max_edges = int(min(0.6 * torch.cuda.mem_get_info(self.device)[0] / size, 1_000_000))
-        return self.max_edges or 5_000
-
     def predict(self, structures):
         """Energy (eV), forces (n, 3) (eV/A) and stress ((6,) in Voigt order, eV/A^3; None where the cell is not periodic in
         three directions) of each of a list of Atoms, as a list of dicts. Ignores constraints. Raises ValueError for a bad one."""
@@ -489,7 +483,7 @@ class NequixCalculator(Calculator):
             while len(live) < 4096 and (waiting or read()):
                 if not waiting:
                     yield from results()
-                elif live and load + waiting[0]["edges"] > self.edge_budget():
+                elif live and load + waiting[0]["edges"] > self.max_edges:
                     break
                 else:
                     live.append(waiting.popleft())
@@ -515,7 +509,7 @@ class NequixCalculator(Calculator):
                 half = len(live) // 2
                 keep = torch.arange(len(live), device=self.device) < half
                 if half:
-                    self.max_edges = self.edge_budget() // 2
+                    self.max_edges //= 2
                     waiting.extendleft(reversed(live[half:]))  # these start over
                 else:
                     ended.append(live[0] | dict(error="out of memory with this structure alone"))

@@ -1,12 +1,8 @@
-"""calc.py against ASE's own optimizers and filters, the official values of the released weights, and new neighbour lists.
-
-More relaxations with the released weights: RELAXATIONS=60 python -m pytest -s test_calc.py -k ases_own (minutes on a CPU)
-"""
+"""calc.py against ASE's own optimizers and filters, the official values of the released weights, and new neighbour lists."""
 
 import io
 import itertools
 import json
-import os
 import re
 import urllib.request
 import zipfile
@@ -79,7 +75,6 @@ def test_calculator_reproduces_the_official_values(mp1, precision):
         else:
             errors["stress"] = atoms.get_stress(voigt=False) - case["stress"]
         worst |= {k: np.maximum(worst[k], np.abs(v).max()) for k, v in errors.items()}  # which keeps a NaN
-    print(f"\n{calc.device} {precision}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
     if precision == "float64":
         assert worst["energy"] < 1e-6 and worst["energies"] < 1e-9 and worst["forces"] < 1e-6 and worst["stress"] < 1e-7
     else:
@@ -148,7 +143,7 @@ def test_list_with_a_skin_is_exact(calc, pbc):
 
 def test_list_follows_every_change_of_the_atoms(calc):
     """Elements, number of atoms, periodicity, and a calculator passed from one structure to another."""
-    for atoms in odd_structures()[:20]:
+    for atoms in odd_structures()[:9]:
         for symbol in ("Na", "Si"):
             for pbc in (atoms.pbc, [False] * 3):
                 atoms.symbols, atoms.pbc, atoms.calc = symbol, pbc, calc
@@ -219,8 +214,6 @@ def test_nve_conserves_energy(precision, tolerance):
     md, energies = VelocityVerlet(atoms, 1 * units.fs), []
     md.attach(lambda: energies.append(atoms.get_total_energy() / len(atoms) * 1000))
     md.run(60)
-    slope = np.polyfit(np.arange(len(energies)) / 1000, energies, 1)[0]
-    print(f"\n{precision}: {slope:.4f} meV/atom/ps, spread {np.ptp(energies):.4f}")
     assert np.ptp(energies) < 1.0 and abs(np.mean(energies[-20:]) - np.mean(energies[:20])) < tolerance
 
 
@@ -292,7 +285,7 @@ def test_relax_keeps_symmetry_as_ase(calc, mask):
     rhombohedral.positions[1] += 0.1
     structures = [rutile, bulk("Si", cubic=True), hexagonal, rhombohedral]
     for atoms in structures:
-        atoms.rattle(1e-4, seed=0)  # within symprec: refined away
+        atoms.rattle(1e-4, seed=0)  # within symprec
     for i, atoms, energy, converged, steps, error in calc.relax(structures, 0.01, 30, mask, symprec=0.01):
         expected, expected_energy, *rest = ase_relaxed(structures[i], calc, 0.01, 30, mask, symprec=0.01)
         assert error is None and [converged, steps] == rest, (i, atoms)
@@ -304,18 +297,15 @@ def test_relax_keeps_symmetry_as_ase(calc, mask):
 @needs_shared
 def test_relax_reaches_ases_own_minimum(mp1):
     """Small structures from all over WBM, nequix-mp-1, one by one by ASE in float64 and as a batch in float32: to 1 meV/atom."""
-    n = int(os.environ.get("RELAXATIONS", 3))
     with zipfile.ZipFile(SHARED / "data/wbm-initial-atoms.extxyz.zip") as z:
         members = sorted(z.namelist())
-        picks = [members[i] for i in np.linspace(0, len(members) - 1, n).astype(int)]
+        picks = [members[i] for i in np.linspace(0, len(members) - 1, 3).astype(int)]
         frames = [ase.io.read(io.StringIO(z.read(m).decode()), ":100", format="extxyz") for m in picks]
     structures = [next(a for a in some if len(a) <= 4 + k % 3) for k, some in enumerate(frames)]
     f32 = NequixCalculator(MP1, "cpu")
     for i, atoms, energy, converged, steps, error in f32.relax(structures, 0.02, 500):
-        expected, expected_energy, *rest = ase_relaxed(structures[i], mp1, 0.02, 500)
-        difference = 1000 * abs(energy - expected_energy) / len(atoms)
-        print(f"{i} {atoms.symbols}: {difference:.4f} meV/atom; converged, steps: {converged} {steps}, ASE {rest}")
-        assert error is None and difference < 1
+        _, expected_energy, *_ = ase_relaxed(structures[i], mp1, 0.02, 500)
+        assert error is None and abs(energy - expected_energy) / len(atoms) < 1e-3
 
 
 def test_relax_streams(calc):
@@ -369,7 +359,7 @@ def test_out_of_memory_halves_the_budget(calc, monkeypatch):
 
     monkeypatch.setattr(calc_module, "energy_forces_stress", limited)
     results = {r[0]: r for r in calc.relax([*small, large], 0.03, 8)}
-    assert calc.edge_budget() < 5_000 and "out of memory" in results.pop(16)[-1]
+    assert calc.max_edges < 5_000 and "out of memory" in results.pop(16)[-1]
     assert results.keys() == expected.keys()
     for k, (_, atoms, energy, *rest) in results.items():
         assert energy == pytest.approx(expected[k][2], abs=1e-9) and tuple(rest) == expected[k][3:]
