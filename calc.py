@@ -168,8 +168,7 @@ def fire_step(s, forces, cell_forces, active, mask, symmetry):
     """One step of FIRE for the `active` structures (S,), with the forces of `generalized_forces`. Updates the state `s`."""
     structure, v, w, dt, mix = (s[k] for k in ("structure", "velocity", "cell_velocity", "dt", "mix"))
 
-    # The sum over the atoms (A, 3) and the cell's rows (S, 3, 3) of each structure: (S,)
-    total = lambda x, y: y.sum((1, 2)).index_add(0, structure, x.sum(1))
+    total = lambda x, y: y.sum((1, 2)).index_add(0, structure, x.sum(1))  # of (A, 3) and (S, 3, 3): (S,)
     good = total(forces * v, cell_forces * w) > 0
     halt, faster = ~good & (s["step"] > 0), good & (s["downhill"] > 5)
     ratio = total(v * v, w * w) / total(forces**2, cell_forces**2).clamp(min=1e-300)
@@ -466,8 +465,7 @@ class NequixCalculator(Calculator):
         stream, waiting, ended, live, s = enumerate(atoms_iterable), deque(), deque(), [], None
 
         def read():
-            """One more of the stream, to `waiting` or with an error to `ended`; False at its end."""
-            for index, atoms in stream:
+            for index, atoms in stream:  # one more, to `waiting` or with an error to `ended`; None at the end
                 try:
                     waiting.append(start(index, atoms, self.model, steps, symprec))
                 except ValueError as e:

@@ -366,8 +366,9 @@ class Nequix(nn.Module):
         norm=True,
     )
 
-    def __init__(self, config, conv="auto"):
+    def __init__(self, config, conv="auto", tf32=False):
         super().__init__()
+        self.tf32 = tf32
         self.config = config = {**self.DEFAULTS, **config}
         self.conv = conv
         hidden = parse_hidden(config["hidden"])
@@ -391,6 +392,10 @@ class Nequix(nn.Module):
         super()._apply(fn, recurse)
         self.e0 = e0.to(self.e0.device)  # reference energies and sums of energies stay in float64
         return self
+
+    @property
+    def precision(self):
+        return "float64" if self.readout[0].dtype == torch.float64 else "tf32" if self.tf32 else "float32"
 
     def chosen_conv(self):
         return choose_conv(self.conv, self.e0.device, self.readout[0].dtype, self.config)
@@ -561,13 +566,19 @@ def check_sha256(content, expected, what):
         raise ValueError(f"the sha256 should be {expected}, but is {found}: {what}")
 
 
-def load(path, device="cpu", dtype=torch.float32, conv="auto"):
+PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "float64": (torch.float64, False)}
+
+
+def load(path, device="cpu", precision="float32", conv="auto"):
     """A model from our checkpoint, an official `.nqx` file, or a name in RELEASED (downloaded once), in evaluation form
     (no gradients for the weights).
 
     Raises OSError if there is no such file, or ValueError with a one-line reason for one that is neither, damaged or not
     supported.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision is one of {", ".join(PRECISIONS)}, not {precision}')
+    dtype, tf32 = PRECISIONS[precision]
     if not os.path.isfile(path):
         if str(path) not in RELEASED:
             raise FileNotFoundError(f"no weights at {path}; the released ones are {', '.join(RELEASED)}")
@@ -587,6 +598,7 @@ def load(path, device="cpu", dtype=torch.float32, conv="auto"):
             raise ValueError(f"{path} is not a modded-nequix checkpoint: {str(e).splitlines()[0]}") from None
     else:
         raise ValueError(f"{path} is neither a modded-nequix checkpoint nor an .nqx file (empty or damaged?)")
+    model.tf32 = tf32
     return model.to(device, dtype).requires_grad_(False)
 
 

@@ -188,8 +188,7 @@ def test_edges_within_the_cutoff_are_those_of_a_list_made_anew():
 
 def test_changes_are_those_that_ase_sees(calc):
     atoms = bulk("NaCl", "rocksalt", 5.6)
-    atoms.calc = calc
-    atoms.get_potential_energy()
+    calc.get_potential_energy(atoms)
     changes = dict(positions=lambda a: a.rattle(1e-6), numbers=lambda a: a.set_atomic_numbers([11, 12]))
     changes |= dict(cell=lambda a: a.set_cell(a.cell * 1.01), pbc=lambda a: a.set_pbc([1, 1, 0]))
     changes |= dict(none=lambda a: a.copy(), more=lambda a: a.append("Na"))
@@ -197,10 +196,6 @@ def test_changes_are_those_that_ase_sees(calc):
         other = atoms.copy()
         change(other)
         assert set(calc.check_state(other)) == set(Calculator.check_state(calc, other)), name
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Molecular dynamics
 
 
 @needs_shared
@@ -310,21 +305,12 @@ def test_relax_reaches_ases_own_minimum(mp1):
 
 def test_relax_streams(calc):
     """An endless stream: results come while it is read, and it is read little more than a batch ahead."""
-    calc.max_edges, read = 1000, 0
-
-    def stream():
-        nonlocal read
-        for k in itertools.count():
-            read += 1
-            atoms = bulk("NaCl", "rocksalt", 5.6 + 0.01 * (k % 7))
-            atoms.info["k"] = k
-            yield atoms
-
-    seen = []
-    for i, atoms, *_, error in itertools.islice(calc.relax(stream(), 0.05, 10), 60):
+    calc.max_edges, read, seen = 1000, itertools.count(), []
+    stream = (Atoms(bulk("NaCl", "rocksalt", 5.6 + 0.01 * (k % 7)), info=dict(k=k)) for k in read)
+    for i, atoms, *_, error in itertools.islice(calc.relax(stream, 0.05, 10), 60):
         assert error is None and atoms.info["k"] == i
         seen.append(i)
-    assert len(set(seen)) == 60 and read < 80
+    assert len(set(seen)) == 60 and next(read) < 80
 
 
 def test_bad_structures_stop_no_other(calc):
