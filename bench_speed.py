@@ -193,8 +193,8 @@ def time_training(model, device, path, precision, batch, steps, profile):
     batches = [step_indices(frames, batch, 0, step) for step in range(WARM_UP + steps)]
     mine = [deal(indices, packed.n_edges, ranks)[rank] for indices in batches]
     timed = range(WARM_UP, WARM_UP + steps)
-    # The largest batches come first: a CUDA graph with room for them is not captured again. The last two are not used, so
-    # that as many batches are built as used while steps are timed.
+    # The largest batches come first: a CUDA graph with room for them is not captured again. The last two are not used:
+    # so, while steps are timed, as many batches are built as used.
     plan = [max(timed, key=lambda i: sizes[mine[i]].sum()) for sizes in (packed.n_atoms, packed.n_edges)]
     plan += [*range(WARM_UP), *timed, *(range(WARM_UP) if profile else ()), 0, 0]
     stream, upcoming = prefetch(packed, [mine[i] for i in plan]), enumerate(plan)
@@ -274,7 +274,7 @@ def table_line(row):
         cells += [f"left out: {row['error']}"]
     else:
         cells += "{ms:.2f} ({low:.2f} to {high:.2f})|{first_s:.1f}|{memory_GiB:.2f}".format(**row).split("|")
-        cells += [", ".join(row[k] for k in RAN if row[k]), *(f"{row[k]:.0f}" for k in RATES if k in row)]
+        cells += [", ".join(row[k] for k in RAN if row[k]), *(f"{row[k]:.1f}" for k in RATES if k in row)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -429,10 +429,10 @@ def relax(a, device):
         few = structures[: a.n_torch_sim]
         try:
             result = peer("relax", "torch-sim")(few, energies, calc, a.fmax, a.max_steps)
+            result += f"; relax: {len(few) / relaxed(few)[1]:.2f} structures/s"
         except Exception as e:  # of any library
             result = f"left out: {type(e).__name__}: {e}".splitlines()[0]
         print(f"torch-sim, the same model, the first {len(few)}: {result}")
-        print(f"relax of the same: {len(few) / relaxed(few)[1]:.2f} structures/s")
 
 
 def nve(a, device):
@@ -511,6 +511,8 @@ def main():
         a.run(a, torch.device(getattr(a, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 if __name__ == "__main__":

@@ -147,8 +147,8 @@ PEERS = dict(
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A training step of the official code (nequix 0.4.5): its model, loss, Muon, clipping, schedule and averaged weights. Data
-# cost it nothing here: one batch, made before the clock starts, serves every step.
+# A training step of the official code (nequix 0.4.5): its model, loss, Muon, clipping, schedule and averaged weights.
+# Data cost it nothing here: one batch, made before the clock starts, serves every step.
 
 OFFICIAL = dict(hidden_irreps="128x0e + 64x1o + 32x2e + 32x3o", lmax=3, cutoff=6.0, n_layers=4, radial_basis_size=8)
 OFFICIAL |= dict(radial_mlp_size=64, radial_mlp_layers=2, radial_polynomial_p=6.0, mlp_init_scale=4.0)
@@ -260,8 +260,8 @@ PEERS["train"] = {"nequix-torch": official_torch, "nequix-jax": official_jax}
 
 
 def torch_sim(structures, energies, calc, fmax, max_steps):
-    """A line of text: structures/s of torch-sim's FIRE on its Frechet cell filter, with the model of `calc` and batches as
-    large as those of calc.relax; and how far its energies are from `energies` (eV)."""
+    """A line of text: structures/s of torch-sim's FIRE on its Frechet cell filter, with the model of `calc` and
+    batches as large as those of calc.relax; and how far its energies are from `energies` (eV)."""
     import torch_sim as sim
     from torch_sim.autobatching import InFlightAutoBatcher
     from torch_sim.models.interface import ModelInterface
