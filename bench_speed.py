@@ -12,10 +12,10 @@ infer and train time each model at each size in a process of its own, one after 
 slow at a size is not asked for larger ones. Results are appended to a table (.md) and a CSV file in --out as they come;
 what the models print goes to log.txt there. Under torchrun the ranks themselves time all sizes.
 
-A time is the median over --steps steps, with the first and last decile. Five steps before them are not counted: they
-compile kernels and capture CUDA graphs. The models "fused", "oeq" and "torch" are ours, named by their convolution;
-records/peers.py has the others. One that needs its own Python environment is timed by running this script there with
-the same --out.
+A time is the median over --steps steps, with the first and last decile. At least five steps before them are not
+counted: they compile kernels and capture CUDA graphs. The models "fused", "oeq" and "torch" are ours, named by their
+convolution; records/peers.py has the others. One that needs its own Python environment is timed by running this script
+there with the same --out.
 """
 
 import argparse
@@ -226,7 +226,7 @@ def rates(seconds, structures, atoms, edges):
 
 
 def measure(command, device, **job):
-    """A row of results."""
+    """A row of results: the keys are COLUMNS, and kernels with a profile."""
     if torch.cuda.is_available():  # a rank of torchrun has done other jobs before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
