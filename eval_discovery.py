@@ -55,6 +55,7 @@ HULL = "e_above_hull_mp2020_corrected_ppd_mp"  # eV/atom
 
 def save(path, content):
     """Write bytes to a new file, then put it in place: `path` is never half written, even if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -66,7 +67,6 @@ def keep_settings(out, now, results):
     found = json.loads(path.read_text()) if path.exists() else {}
     if there and (differ := [f"{k} {found.get(k)}, not {v}" for k, v in now.items() if found.get(k) != v]):
         raise ValueError(f"{out} holds a run with {'; '.join(differ)}: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     save(path, json.dumps(now).encode())
 
 

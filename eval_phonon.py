@@ -5,10 +5,10 @@
     python eval_phonon.py kappa --weights nequix-mp-1 --out runs/kappa
     python eval_phonon.py kappa --score kappas.json.gz                         # any model's, in the leaderboard's form
 
-Stage 1, --stage forces (a GPU, many materials at a time): relax each material, displace atoms in supercells, take the forces.
-Stage 2, --stage transport (CPU processes, --workers): force constants, phonons and what follows from them.
-Each material is written as soon as it is done. Give the command again and it goes on. --out gets settings.json, which a rerun
-must match; forces/ID.npz and results/ID.json.gz (delete one to have it made again); mdr.csv or kappa.csv; and for kappa
+First, --stage forces: relax each material, displace atoms in supercells, take the forces; on a GPU, many materials at a time.
+Then, --stage transport: force constants, phonons and what follows from them, on --workers CPU processes.
+Each material is written as soon as it is done. Give the command again and it goes on. --out gets settings.json and sources.json,
+which a rerun must match; forces/ID.npz and results/ID.json.gz (delete one to have it made again); mdr.csv or kappa.csv; and
 conductivity.json.gz in the leaderboard's form.
 
 mdr: Loew et al. 2025 (npj Comput. Mater., doi:10.1038/s41524-025-01650-1); S, F and C_V of a mole of primitive cells.
@@ -18,7 +18,6 @@ kappa: Pota et al. 2024 (arXiv:2408.00755) with Nequix's settings; a material wi
 import argparse
 import concurrent.futures
 import csv
-import functools
 import gzip
 import io
 import json
@@ -127,8 +126,7 @@ def from_pymatgen(structure, name):
     form. name: for the message."""
     for k, site in enumerate(structure["sites"]):
         if [species.get("occu", 1) for species in site["species"]] != [1]:
-            held = ", ".join(f"{species['element']} {species.get('occu', 1):g}" for species in site["species"])
-            raise ValueError(f"{name}: site {k} is disordered ({held}): it must hold one atom")
+            raise ValueError(f"{name}: site {k} is disordered, it should hold one whole atom: {site['species']}")
     symbols, positions = zip(*((site["species"][0]["element"], site["xyz"]) for site in structure["sites"]))
     return Atoms(symbols, positions, cell=structure["lattice"]["matrix"], pbc=True)
 
@@ -148,17 +146,17 @@ def read_mdr(path, entry):
     y = PhonopyYaml()  # phonopy.load would also look for files in the current folder
     try:
         y.read(path)
-        kind, x = y.dataset.keys(), y.unitcell
-        forces = [] if "first_atoms" not in kind else [d["forces"] for d in y.dataset["first_atoms"]]
+        x, random = y.unitcell, "displacements" in y.dataset  # of all atoms at once
+        forces = [] if random else [d["forces"] for d in y.dataset["first_atoms"]]
         atoms = Atoms(x.numbers, x.positions, cell=x.cell, pbc=True, masses=x.masses)
     except Exception as e:  # the parser raises all kinds
         raise ValueError(f"{path.name} is damaged, or no phonopy yaml with forces ({type(e).__name__})") from None
-    if "first_atoms" not in kind:
-        raise ValueError(f"{path.name} displaces all atoms at once (phonopy's type 2), not one a supercell")
+    if random:
+        raise ValueError(f"{path.name} has random displacements (phonopy's type 2), not those of one atom at a time")
     if not np.isfinite(forces).all():
         raise ValueError(f"{path.name}: the forces are not finite")
-    m = dict(atoms=atoms, supercell=y.supercell_matrix, primitive=y.primitive_matrix, dataset=y.dataset)
-    return m | dict(magnetic_moments=x.magnetic_moments)
+    m = dict(atoms=atoms, magnetic_moments=x.magnetic_moments, dataset=y.dataset)
+    return m | dict(supercell=y.supercell_matrix, primitive=y.primitive_matrix)
 
 
 def read_kappa(path):
@@ -172,8 +170,7 @@ def read_kappa(path):
             m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True))
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
-        reason = f"{type(e).__name__} {e}".split("\n")[0]
-        raise ValueError(f"{path} can't be read, or has no supercells ({reason})") from None
+        raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__})") from None
     if not out:
         raise ValueError(f"{path} has no structures")
     return out
@@ -244,14 +241,12 @@ def forces_stage(a, materials, settings, calc, mapped):
 
     materials: {id: job for `attempt` that reads it}; mapped: map, or that of a pool of processes.
     """
-    files, how = {k: a.out / f"forces/{k}.npz" for k in materials}, dict(symprec=REFINE)
+    files = {k: a.out / f"forces/{k}.npz" for k in materials}
     waiting = deque((k, None, 0) for k, file in files.items() if not file.exists())  # id, atoms, steps so far
     n, start, units = len(waiting), time.perf_counter(), dict(fmax=" eV/A", displacement=" A")
     about = ", ".join(f"{k} {v}{units.get(k, '')}" for k, v in settings.items())
     print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}; {about}")
-    (a.out / "forces").mkdir(exist_ok=True)
-    if a.task == "kappa":
-        how["cell_mask"] = [1, 1, 1, 0, 0, 0]
+    how = dict(symprec=REFINE, cell_mask=[1, 1, 1, 0, 0, 0] if a.task == "kappa" else None)
     bar = tqdm(desc="forces", total=len(files), initial=len(files) - n, unit="material", disable=None)
 
     def finish(k, error=None, **arrays):
@@ -278,8 +273,7 @@ def forces_stage(a, materials, settings, calc, mapped):
         chunk, ready, relaxed = [waiting.popleft() for _ in range(min(len(waiting), CHUNK))], [], []
         for (k, atoms, steps), (m, error) in zip(chunk, mapped(attempt, [materials[k] for k, *_ in chunk])):
             finish(k, error) if error else ready.append((k, m, m["atoms"] if atoms is None else atoms, steps))
-        stream = (atoms for _, _, atoms, _ in ready)
-        for index, atoms, _, converged, steps, error in calc.relax(stream, a.fmax, a.steps, **how):
+        for index, atoms, _, converged, steps, error in calc.relax((r[2] for r in ready), a.fmax, a.steps, **how):
             k, m, _, before = ready[index]
             steps += before
             if a.task == "mdr" and not (converged or error):
@@ -302,8 +296,7 @@ def forces_stage(a, materials, settings, calc, mapped):
             if error or not missing[k]:
                 finish(k, error, **arrays.pop(k))
     bar.close()
-    seconds = time.perf_counter() - start
-    print(f"forces of {n} materials in {seconds:.1f} s: {3600 * n / seconds:.0f} an hour")
+    print(f"forces of materials: {n}, in {time.perf_counter() - start:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,11 +317,8 @@ def phonons(m, settings=None, x=None):
 
 
 def quantities(ph):
-    """{name: value} of QUANTITIES and LOWEST, as Loew et al. have them.
-
-    The frequencies are those at the q-points commensurate with the supercell; S, F and C_V at 300 K sum over the modes on
-    phonopy's default mesh that are not imaginary.
-    """
+    """{name: value} of QUANTITIES and LOWEST, as Loew et al. have them: frequencies at the q-points that are commensurate with
+    the supercell, but S, F and C_V of the modes on phonopy's default mesh that are not imaginary."""
     from phonopy.harmonic.dynmat_to_fc import get_commensurate_points
 
     repeats = np.linalg.inv(ph.primitive_matrix) @ ph.supercell_matrix
@@ -368,10 +358,8 @@ def score_mdr(out, results, functional):
             print(f"{q:24}{np.abs(off).mean():12.4f}{np.mean(off):12.4f}{len(off):12}")
     n = Counter(tuple(r[side][LOWEST] >= UNSTABLE for side in ("dft", "model")) for r in good if LOWEST in r["dft"])
     if n:
-        print(
-            f"stable (no mode below {UNSTABLE} THz) by DFT and the model: {n[True, True]}, by DFT only {n[True, False]}, "
-            f"by the model only {n[False, True]}, by neither {n[False, False]}"
-        )
+        print(f"stable (no mode below {UNSTABLE} THz) by DFT and the model: {n[True, True]}, by DFT only ", end="")
+        print(f"{n[True, False]}, by the model only {n[False, True]}, by neither {n[False, False]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,9 +442,7 @@ def score_row(row, truth):
 
 
 def score_kappa(out, rows, truth):
-    """Write kappa.csv and print the scores of {id: row or None}; truth: {id: row of DFT}. Raises ValueError."""
-    if missing := [k for k in rows if k not in truth]:
-        raise ValueError(f"the ids do not match: the reference lacks {missing[0]}")
+    """Write kappa.csv and print the scores of {id: row or None}; truth: {id: row of DFT}."""
     print(f"{'':24}{'kappa':>12}{'DFT':>12}{'SRE':>10}{'SRME':>10}\n{'':24}{'W/m/K':>12}{'W/m/K':>12}")
     table = [["material_id", "name", "kappa (W/m/K)", "kappa DFT (W/m/K)", "SRE", "SRME", "error"]]
     for k, row in rows.items():
@@ -464,13 +450,10 @@ def score_kappa(out, rows, truth):
         name, true = truth[k].get("name") or (row or {}).get("formula", ""), float(average(truth[k], "kappa_tot"))
         table.append([k, name, kappa, true, sre, srme, why])
         print("{:14}{:10}{:12.4f}{:12.4f}{:10.4f}{:10.4f}  {}".format(*table[-1][:-1], why or ""))
-    out.mkdir(parents=True, exist_ok=True)
     save_csv(out / "kappa.csv", table)
     sre, srme, why = zip(*(line[4:] for line in table[1:]))
-    print(
-        f"{len(rows)} of {len(truth)} materials, {len(rows) - why.count(None)} without kappa: "
-        f"mean SRE {np.mean(sre):.4f}, SRME {np.mean(srme):.4f}"
-    )
+    print(f"{len(rows)} of {len(truth)} materials, {len(rows) - why.count(None)} without kappa: ", end="")
+    print(f"mean SRE {np.mean(sre):.4f}, SRME {np.mean(srme):.4f}")
     if len(rows) == len(truth):
         print(f"for the CPS-1: eval_discovery.py --srme {np.mean(srme):.4f}")
 
@@ -483,18 +466,17 @@ def result(k, out, source, settings):
     """Write results/ID.json.gz of a material whose forces are there. source: job for `attempt` that reads the material.
     Raises OSError or MemoryError where another run may succeed."""
     path = out / f"forces/{k}.npz"
-    try:
-        with np.load(path) as f:
-            x = dict(f)
-    except Exception as e:  # numpy raises all kinds
-        raise OSError(f"{path} is damaged ({type(e).__name__}): delete it and run --stage forces again") from None
-    m, error = (None, str(x["error"])) if "error" in x else attempt(source)
+    x, error = attempt((lambda: dict(np.load(path)),))
+    if error:
+        raise OSError(f"{path} is damaged ({error}): delete it and run --stage forces again")
+    m, error = attempt(source)
+    error = str(x["error"]) if "error" in x else error
     if not error:
         row, error = attempt((mdr_result if settings["task"] == "mdr" else kappa_result, m, x, settings))
     if error and OUT_OF_MEMORY.search(error):
         raise MemoryError(f"out of memory with {k}: fewer --workers?")
     if error:
-        row = dict(error=error) if settings["task"] == "mdr" else dict(errors=[error])
+        row = dict(error=error) if settings["task"] == "mdr" else dict(formula=m["name"], errors=[error])
     save_json(out / f"results/{k}.json.gz", row)
 
 
@@ -506,7 +488,6 @@ def transport_stage(a, materials, settings, mapped):
         print(f"left out, {n}: no forces yet (--stage forces)")
     if not forces:
         raise ValueError(f"no material has forces in {a.out}")
-    (a.out / "results").mkdir(exist_ok=True)
     made = lambda file: file.stat().st_mtime if file.exists() else -1
     todo = [k for k in forces if made(results[k]) < made(forces[k])]
     bar = dict(total=len(forces), initial=len(forces) - len(todo), unit="material", disable=None)
@@ -522,25 +503,18 @@ def check_out(a, sources, calc):
     path = a.out / "settings.json"
     if not (calc or path.exists()):
         raise FileNotFoundError(f"there are no forces in {a.out}: run --stage forces first")
-    now = (load_json(path) if path.exists() else {}) | dict(task=a.task) | versions(a.task)
+    now = (load_json(path) if path.exists() else {}) | dict(task=a.task) | a.versions
     if calc:
         now |= dict(weights=calc.fingerprint(), fmax=a.fmax, steps=a.steps, displacement=a.displacement)
         now |= dict(precision=calc.model.precision, conv=calc.model.chosen_conv())
     keep_settings(a.out, now, "forces")
-    path, digest = a.out / "sources.json", functools.cache(lambda file: data.digest(file, "md5"))
-    known, given = load_json(path) if path.exists() else {}, {k: digest(file) for k, file in sources.items()}
-    if other := [k for k in given if known.get(k, given[k]) != given[k]]:
+    path, digests = a.out / "sources.json", {file: data.digest(file, "md5") for file in set(sources.values())}
+    known = load_json(path) if path.exists() else {}
+    given = {k: digests[file] for k, file in sources.items()}
+    if other := [k for k in given if known.get(k) != given[k] and (a.out / f"forces/{k}.npz").exists()]:
         raise ValueError(f"{a.out} was made of another {other[0]}: choose another --out")
     save_json(path, known | given)
     return now
-
-
-def versions(task):
-    """{package: version} of what makes the displacements. Raises ImportError if one is missing or the wrong one."""
-    found = {name: metadata.version(name) for name in ["phonopy"] + ["phono3py"] * (task == "kappa")}
-    if not found.get("phono3py", "3.30.").startswith("3.30."):
-        raise ImportError(f"phono3py {found['phono3py']}: later ones than 3.30 lack MS-SMM19")
-    return found
 
 
 def main(argv=None):
@@ -550,6 +524,7 @@ def main(argv=None):
     what = "phonopy yaml (.bz2, .xz, .gz) with DFT forces, or .json (.gz) of structures and C_V (default: fetched)"
     mdr.add_argument("files", nargs="*", metavar="FILE_OR_FOLDER", help=what)
     mdr.add_argument("--functional", default="PBE", help="of the reference, printed with the scores (default: PBE)")
+    mdr.set_defaults(score=None)
     kappa.add_argument("--structures", help="extxyz with supercells and q-meshes (default: fetched)")
     kappa.add_argument("--reference", help=".json.gz of DFT conductivities (default: fetched)")
     kappa.add_argument("--only", nargs="+", metavar="ID", help="these materials")
@@ -572,6 +547,8 @@ def main(argv=None):
     try:
         if a.workers < 1 or (a.n is not None and a.n < 1):
             raise ValueError("--workers and --n must be positive")
+        if a.score and a.n:
+            raise ValueError("--score takes --only, not --n")
         run(a)
     except (ValueError, OSError, ImportError, concurrent.futures.BrokenExecutor) as e:
         hint = ": pip install 'phono3py==3.30.*'" if isinstance(e, ImportError) else ""
@@ -582,33 +559,30 @@ def main(argv=None):
 
 
 def run(a):
+    packages = ["phonopy"] + ["phono3py"] * (a.task == "kappa")  # they make the displacements, both times the same
+    a.versions = {} if a.score else {name: metadata.version(name) for name in packages}
+    if not a.versions.get("phono3py", "3.30.").startswith("3.30."):
+        raise ImportError(f"phono3py {a.versions['phono3py']}: later ones than 3.30 lack MS-SMM19")
     if a.task == "mdr":
-        versions("mdr")  # before anything is fetched
-        materials = {k: (read_mdr, *where) for k, where in find_mdr(a.files or [fetch_mdr()]).items()}
-        sources = {k: path for k, (_, path, _) in materials.items()}
+        found = find_mdr(a.files or [fetch_mdr()])
+        materials, sources = {k: (read_mdr, *where) for k, where in found.items()}, {k: x[0] for k, x in found.items()}
     else:
         truth = read_kappas(a.reference or data.fetch_figshare(*REFERENCE))
-        if a.score:
-            if a.n:
-                raise ValueError("--score takes --only, not --n")
-            rows = read_kappas(a.score)
-            return score_kappa(a.out, {k: rows.get(k) for k in a.only or truth}, truth)
-        versions("kappa")
-        a.structures = a.structures or data.fetch_figshare(*STRUCTURES)
-        found = read_kappa(a.structures)
-        if missing := [k for k in a.only or found if k not in found or k not in truth]:
+        path = a.score or a.structures or data.fetch_figshare(*STRUCTURES)
+        found = read_kappas(path) if a.score else read_kappa(path)
+        ids = a.only or (truth if a.score else found)
+        if missing := [k for k in ids if k not in truth or not (a.score or k in found)]:
             raise ValueError(f"the ids do not match: no structure or no reference of {missing[0]}")
-        materials = {k: (dict, found[k]) for k in a.only or found}
-        sources = dict.fromkeys(materials, a.structures)
-    if a.n:
-        ids = list(materials)
-        materials = {ids[k]: materials[ids[k]] for k in sorted(np.random.RandomState(0).permutation(len(ids))[: a.n])}
+        if a.score:
+            return score_kappa(a.out, {k: found.get(k) for k in ids}, truth)
+        materials, sources = {k: (dict, found[k]) for k in ids}, dict.fromkeys(ids, path)
+    chosen = set(np.random.RandomState(0).permutation(len(materials))[: a.n].tolist())
+    materials = {k: job for i, (k, job) in enumerate(materials.items()) if i in chosen}
     calc = None if a.stage == "transport" else NequixCalculator(a.weights, a.device, a.precision, a.conv)
-    settings, mapped, pool = check_out(a, {k: sources[k] for k in materials}, calc), map, None
-    if (workers := min(a.workers, len(materials))) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))  # of the processes to come
-        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
-        mapped = pool.map
+    settings, workers = check_out(a, {k: sources[k] for k in materials}, calc), min(a.workers, len(materials))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))  # of processes to come
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
+    mapped = pool.map if workers > 1 else map  # the pool starts no process before it gets work
     try:
         if calc:
             forces_stage(a, materials, settings, calc, mapped)
@@ -616,8 +590,7 @@ def run(a):
             return
         results = transport_stage(a, materials, settings, mapped)
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     if a.task == "mdr":
         return score_mdr(a.out, results, a.functional)
     columns = dict.fromkeys(column for row in results.values() for column in row)

@@ -375,11 +375,10 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     (tmp_path / "whole/forces/mp-0.npz").write_bytes(b"PK")
     assert "mp-0.npz is damaged" in mdr(files / "mdr", "--out", tmp_path / "whole", "--stage", "transport")
     assert "no table of conductivities" in error_of(capsys, main, ["kappa", "--reference", tmp_path / "list.json"])
+    version = metadata.version
     monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: "4.2.0")
-    with pytest.raises(ImportError, match="phono3py 4.2.0: later"):
-        eval_phonon.versions("kappa")
-    monkeypatch.undo()
-    monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: metadata.version(f"no-{name}"))
+    assert "phono3py 4.2.0: later ones than 3.30 lack MS-SMM19: pip" in error_of(capsys, main, ["kappa"])
+    monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: version(f"no-{name}"))
     assert "for no-phonopy: pip install 'phono3py==3.30.*'" in mdr(files / "mdr")
 
 
@@ -389,7 +388,7 @@ def test_what_is_wrong_with_a_material(files, tmp_path):
     (tmp_path / "random.yaml").write_text(
         text[: text.index("displacements:")] + "dataset:\n  displacements: [[[0, 0, 0]]]\n"
     )
-    with pytest.raises(ValueError, match="random.yaml displaces all atoms at once .phonopy's type 2"):
+    with pytest.raises(ValueError, match="random.yaml has random displacements .phonopy's type 2"):
         eval_phonon.read_mdr(tmp_path / "random.yaml", {})
     for last in ([("Cl", 0.5)], [("Cl", 0.5), ("Br", 0.5)], [("Cl", 1.0)]):
         species = [[dict(element=e, occu=x) for e, x in site] for site in ([("Na", 1)], last)]
@@ -398,7 +397,7 @@ def test_what_is_wrong_with_a_material(files, tmp_path):
         if last[0][1] == 1:
             assert str(eval_phonon.read_mdr("", entry)["atoms"].symbols) == "NaCl"
         else:
-            with pytest.raises(ValueError, match="x: site 1 is disordered .Cl 0.5"):
+            with pytest.raises(ValueError, match="x: site 1 is disordered.*Cl"):
                 eval_phonon.read_mdr("", entry)
 
 
