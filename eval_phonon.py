@@ -6,9 +6,9 @@
     python eval_phonon.py kappa --score kappas.json.gz                         # any model's, in the leaderboard's form
 
 First, --stage forces: relax each material, displace atoms in supercells, take the forces; on a GPU, many materials at a time.
-Then, --stage transport: force constants, phonons and what follows from them, on --workers CPU processes.
-Each material is written as soon as it is done. Give the command again and it goes on. --out gets settings.json and sources.json,
-which a rerun must match; forces/ID.npz and results/ID.json.gz (delete one to have it made again); mdr.csv or kappa.csv; and
+Then, --stage transport: force constants, phonons and what follows from them, on --workers CPU processes. Each material is
+written as soon as it is done; give the command again and it goes on. --out gets settings.json and sources.json, which a rerun
+must match; forces/ID.npz and results/ID.json.gz (delete one to have it made again); mdr.csv or kappa.csv, and for kappa
 conductivity.json.gz in the leaderboard's form.
 
 mdr: Loew et al. 2025 (npj Comput. Mater., doi:10.1038/s41524-025-01650-1); S, F and C_V of a mole of primitive cells.
@@ -21,7 +21,6 @@ import csv
 import gzip
 import io
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -243,8 +242,8 @@ def forces_stage(a, materials, settings, calc, mapped):
     """
     files = {k: a.out / f"forces/{k}.npz" for k in materials}
     waiting = deque((k, None, 0) for k, file in files.items() if not file.exists())  # id, atoms, steps so far
-    n, start, units = len(waiting), time.perf_counter(), dict(fmax=" eV/A", displacement=" A")
-    about = ", ".join(f"{k} {v}{units.get(k, '')}" for k, v in settings.items())
+    n, start = len(waiting), time.perf_counter()
+    about = ", ".join(f"{k} {v}{dict(fmax=' eV/A', displacement=' A').get(k, '')}" for k, v in settings.items())
     print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}; {about}")
     how = dict(symprec=REFINE, cell_mask=[1, 1, 1, 0, 0, 0] if a.task == "kappa" else None)
     bar = tqdm(desc="forces", total=len(files), initial=len(files) - n, unit="material", disable=None)
@@ -417,7 +416,7 @@ def average(row, name):
     """Mean of the diagonal of tensors, at the first temperature; NaN if there are none."""
     if row.get(f"{name}_avg") is not None:
         return np.array(row[f"{name}_avg"], float)[0]
-    return np.array(row[f"{name}_rta"], float)[0, ..., :3].mean(-1) if row.get(f"{name}_rta") is not None else math.nan
+    return np.array(row[f"{name}_rta"], float)[0, ..., :3].mean(-1) if row.get(f"{name}_rta") is not None else np.nan
 
 
 def score_row(row, truth):
@@ -436,7 +435,7 @@ def score_row(row, truth):
         f"modes {np.shape(modes)}, of the reference {np.shape(true_modes)}": np.shape(modes) != np.shape(true_modes),
     }
     if why := next((k for k, holds in reasons.items() if holds), None):
-        return math.nan, 2.0, 2.0, why
+        return np.nan, 2.0, 2.0, why
     error = np.abs(modes - true_modes).sum() / np.sum(row["mode_weights"])
     return float(kappa), float(2 * abs(kappa - true) / (kappa + true)), float(2 * error / (kappa + true)), None
 
@@ -488,8 +487,7 @@ def transport_stage(a, materials, settings, mapped):
         print(f"left out, {n}: no forces yet (--stage forces)")
     if not forces:
         raise ValueError(f"no material has forces in {a.out}")
-    made = lambda file: file.stat().st_mtime if file.exists() else -1
-    todo = [k for k in forces if made(results[k]) < made(forces[k])]
+    todo = [k for k, f in forces.items() if not results[k].exists() or results[k].stat().st_mtime < f.stat().st_mtime]
     bar = dict(total=len(forces), initial=len(forces) - len(todo), unit="material", disable=None)
     jobs = [(result, k, a.out, materials[k], settings) for k in todo]
     if errors := [error for _, error in tqdm(mapped(attempt, jobs), "phonons", **bar) if error]:
@@ -509,8 +507,7 @@ def check_out(a, sources, calc):
         now |= dict(precision=calc.model.precision, conv=calc.model.chosen_conv())
     keep_settings(a.out, now, "forces")
     path, digests = a.out / "sources.json", {file: data.digest(file, "md5") for file in set(sources.values())}
-    known = load_json(path) if path.exists() else {}
-    given = {k: digests[file] for k, file in sources.items()}
+    known, given = load_json(path) if path.exists() else {}, {k: digests[file] for k, file in sources.items()}
     if other := [k for k in given if known.get(k) != given[k] and (a.out / f"forces/{k}.npz").exists()]:
         raise ValueError(f"{a.out} was made of another {other[0]}: choose another --out")
     save_json(path, known | given)

@@ -185,10 +185,8 @@ def test_run_is_the_calculators(files, whole, capsys):
     capsys.readouterr()
     main(command(files, whole, "--srme", 0.5))  # nothing is left to do
     said = capsys.readouterr().out
-    assert (
-        "1 x cpu, float64, convolution torch, fmax 0.02 eV/A, 30 steps" in said and len([*whole.glob("parts/*")]) == 1
-    )
-    assert f"done before: {N} of {N}" in said
+    assert f"cpu, float64, convolution torch, fmax 0.02 eV/A, 30 steps; done before: {N} of {N}" in said
+    assert len([*whole.glob("parts/*")]) == 1
     table = said[said.index("column e_form") :]
     scored = "--score", whole / "predictions.csv.gz", "--summary", files / "summary.csv", "--out", files / "p"
     main([*map(str, scored), "--srme", "0.5"])
@@ -269,9 +267,8 @@ def test_parity_with_ase(tmp_path):
     n = int(os.environ.get("RELAXATIONS", 3))
     some = read_table(SUMMARY).sample(3 * n + 20, random_state=0)
     atoms_of = {k: to_atoms(k, frame) for k, frame in read_structures(WBM, some.index)}
-    rows = [row for row in some[COLUMNS[1:]].itertuples(name=None) if len(atoms_of[row[0]]) <= (12 if n > 10 else 4)][
-        :n
-    ]
+    some = some[[len(atoms_of[k]) <= (12 if n > 10 else 4) for k in some.index]][:n]
+    rows = list(some[COLUMNS[1:]].itertuples(name=None))
     write_csv(tmp_path / "s.csv", COLUMNS, rows)
     files = "--weights", MP1, "--structures", WBM, "--summary", tmp_path / "s.csv", "--out", tmp_path / "run"
     main([*map(str, files), "--device", "cpu", "--precision", "float64"])
@@ -279,10 +276,7 @@ def test_parity_with_ase(tmp_path):
     for k, dft, dft_e_form in rows:
         atoms, energy, converged, steps = ase_relaxed(atoms_of[k], calc, 0.02, 500)
         off.append(abs(float(got[k]["energy"]) - energy) / len(atoms))
-        said = (
-            f"{k} {atoms.symbols}: {off[-1]:.1e} eV/atom, {got[k]['steps']} steps, ASE {steps}; converged {converged}"
-        )
-        print(said)
+        print(f"{k} {atoms.symbols}: {off[-1]:.1e} eV/atom, {got[k]['steps']} steps, ASE {steps}, {converged}")
         assert [got[k]["converged"], int(got[k]["steps"])] == [str(converged), steps]
         e_form = dft_e_form + (energy - dft) / len(atoms)
         assert off[-1] < 1e-6 and float(got[k]["e_form_per_atom"]) == pytest.approx(e_form, abs=1e-6)

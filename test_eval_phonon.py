@@ -53,13 +53,11 @@ def files(tmp_path_factory):
             f -= f.mean(0)
         ph.forces = forces
         ph.save(folder / f"mdr/mp-{k}.yaml", settings=dict(force_sets=True, displacements=True))
-    text = (folder / "mdr/mp-2.yaml").read_bytes()
-    (folder / "mdr/mp-2.yaml.bz2").write_bytes(bz2.compress(text))
+    (folder / "mdr/mp-2.yaml.bz2").write_bytes(bz2.compress((folder / "mdr/mp-2.yaml").read_bytes()))
     (folder / "mdr/mp-2.yaml").unlink()
     sites = [dict(species=[dict(element="Si")], xyz=x) for x in bulk("Si").positions.tolist()]
-    entry = dict(
-        mp_id="mp-9", structure=dict(lattice=dict(matrix=bulk("Si").cell.tolist()), sites=sites), heat_capacity=40.0
-    )
+    silicon = dict(lattice=dict(matrix=bulk("Si").cell.tolist()), sites=sites)
+    entry = dict(mp_id="mp-9", structure=silicon, heat_capacity=40.0)
     (folder / "cv.json.gz").write_bytes(gzip.compress(json.dumps([entry]).encode()))
     return folder
 
@@ -103,10 +101,8 @@ def test_scores_by_a_naive_loop_and_failures_count_2(tmp_path, capsys):
         for s in range(3):
             total += abs(np.mean(a["mode_kappa_tot_rta"][0][q][s][:3]) - b["mode_kappa_TOT_ave"][0][q][s])
     srme, sre = 2 * total / sum(b["weights"]) / (k + true), 2 * abs(k - true) / (k + true)
-    form = lambda ids, rows: (
-        {c: {str(i): r.get(c) for i, r in enumerate(rows)} for c in rows[0]}
-        | {"mp_id": {str(i): x for i, x in enumerate(ids)}}
-    )
+    column = lambda values: {str(i): v for i, v in enumerate(values)}
+    form = lambda ids, rows: {c: column(r.get(c) for r in rows) for c in rows[0]} | {"mp_id": column(ids)}
     predicted = [a, a | dict(kappa_tot_rta=None), a | dict(mode_kappa_tot_rta=[[[[1] * 6]]])]
     (tmp_path / "a.json").write_text(json.dumps(form(["x", "y", "z"], predicted)))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(form(["x", "y", "z", "w"], [b] * 4)).encode()))
@@ -384,21 +380,16 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
 
 def test_what_is_wrong_with_a_material(files, tmp_path):
     """Random displacements; a site with part of an atom, and one with two species."""
-    text = (files / "mdr/mp-0.yaml").read_text()
-    (tmp_path / "random.yaml").write_text(
-        text[: text.index("displacements:")] + "dataset:\n  displacements: [[[0, 0, 0]]]\n"
-    )
+    text = (files / "mdr/mp-0.yaml").read_text().split("displacements:")[0]
+    (tmp_path / "random.yaml").write_text(text + "dataset:\n  displacements: [[[0, 0, 0]]]\n")
     with pytest.raises(ValueError, match="random.yaml has random displacements .phonopy's type 2"):
         eval_phonon.read_mdr(tmp_path / "random.yaml", {})
-    for last in ([("Cl", 0.5)], [("Cl", 0.5), ("Br", 0.5)], [("Cl", 1.0)]):
-        species = [[dict(element=e, occu=x) for e, x in site] for site in ([("Na", 1)], last)]
-        sites = [dict(species=s, xyz=[k, 0, 0]) for k, s in enumerate(species)]
-        entry = dict(mp_id="x", structure=dict(lattice=dict(matrix=np.eye(3) * 4), sites=sites), heat_capacity=1)
-        if last[0][1] == 1:
-            assert str(eval_phonon.read_mdr("", entry)["atoms"].symbols) == "NaCl"
-        else:
-            with pytest.raises(ValueError, match="x: site 1 is disordered.*Cl"):
-                eval_phonon.read_mdr("", entry)
+    site = lambda *species: dict(species=[dict(element=e, occu=x) for e, x in species], xyz=[0, 0, 0])
+    structure = lambda last: dict(lattice=dict(matrix=np.eye(3) * 4), sites=[site(("Na", 1)), last])
+    assert str(eval_phonon.from_pymatgen(structure(site(("Cl", 1.0))), "x").symbols) == "NaCl"
+    for last in (site(("Cl", 0.5)), site(("Cl", 0.5), ("Br", 0.5))):
+        with pytest.raises(ValueError, match="x: site 1 is disordered.*Cl"):
+            eval_phonon.from_pymatgen(structure(last), "x")
 
 
 def test_workers_of_a_killed_process_end(tmp_path):
