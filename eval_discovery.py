@@ -174,7 +174,7 @@ def finish(a, summary):
             record = record | dict(e_form_per_atom=round(e_form, 9))
         rows.append(record | dict(material_id=material))
     if done.keys().isdisjoint(summary.index):
-        raise ValueError(f"nothing done: do the ids match? {a.structures} has none like {summary.index[0]}")
+        raise ValueError(f"nothing was relaxed, perhaps the ids do not match: {a.summary} has {summary.index[0]}")
     columns = ["material_id", "energy", "e_form_per_atom", "steps", "converged", "error"]
     save(a.out / "predictions.csv.gz", gzip.compress(pd.DataFrame(rows, columns=columns).to_csv(index=False).encode()))
     save(a.out / "relaxed.extxyz", "".join(relaxed.values()).encode())
@@ -231,7 +231,7 @@ def metrics(error, hull, distance, srme=None, prevalence=None):
         out["accuracy"] = (rows - positive - fp + tp) / rows
     if there.any():
         out |= {"MAE (eV/atom)": np.abs(error[there]).mean(), "RMSE (eV/atom)": (error[there] ** 2).mean() ** 0.5}
-    if both.sum() > 1:
+    if both.sum() > 1 and np.ptp(hull[both]) > 0:
         out["R2 of hull distances"] = 1 - (error[both] ** 2).mean() / hull[both].var()
     if np.isfinite(distance).any():
         out["RMSD / (V/n)^(1/3)"] = d = np.nanmean(distance)

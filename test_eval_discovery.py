@@ -354,7 +354,7 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
         assert f"holds a run with {words}: choose" in error_of(capsys, main, command(files, whole, *more))
     assert "structures" in error_of(capsys, main, command(files, whole, structures="one.zip"))
     (tmp_path / "older/parts").mkdir(parents=True)
-    (tmp_path / "older/parts/1-0.extxyz").touch()
+    (tmp_path / "older/parts/1-0.extxyz").write_text("1")
     assert "holds a run with weights None, not " in error_of(capsys, main, command(files, tmp_path / "older"))
     assert "--score takes neither" in on("--score", tmp_path / "ids.csv", "--relaxed", files / "one.zip")
     for column, ids, words in (("x", "wbm-1-1", "no column e_form"), ("e_form_per_atom_x", "mp-1", "ids do not match")):
