@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import re
-import urllib.request
 import zipfile
 
 import ase.io
@@ -22,7 +21,7 @@ from ase.optimize import FIRE
 import calc as calc_module
 import data
 from calc import NequixCalculator, at, matrix_exp, matrix_log
-from model import energy_forces_stress, load, save
+from model import energy_forces_stress, save
 from test_data import batch_of, odd_structures, run
 from test_model import SHARED, needs_shared, small_model
 
@@ -462,33 +461,3 @@ def test_command_line(weights, command, tmp_path):
         assert said.startswith("error: ") and f"{bad} cannot be read" in said and len(said.splitlines()) == 1
     said = run("calc.py", cif, "--weights", tmp_path / "none.pt", ok=False)
     assert "error: no weights at" in said and "nequix-mp-1" in said
-
-
-def test_weights_by_name(tmp_path, monkeypatch):
-    """Downloaded once, checked, into the cache. Offline or with a damaged file, one line says what to do."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path, fetched = tmp_path / "modded-nequix/nequix-mp-1.nqx", []
-
-    def urlopen(url, timeout):
-        fetched.append(url)
-        if content is None:
-            raise urllib.request.URLError("offline")
-        return io.BytesIO(content)
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    content = None
-    with pytest.raises(OSError, match=f"get https://github.com/.*/models/nequix-mp-1.nqx on .* put it at {path}"):
-        load("nequix-mp-1")
-    content = b"an error page"
-    with pytest.raises(ValueError, match="sha256 should be"):
-        load("nequix-mp-1")
-    assert list(path.parent.iterdir()) == []
-    if MP1.exists():
-        content = MP1.read_bytes()
-        assert len(NequixCalculator("nequix-mp-1", "cpu").model.e0) == 89
-        n = len(fetched)
-        load("nequix-mp-1")
-        assert len(fetched) == n and [p.name for p in path.parent.iterdir()] == ["nequix-mp-1.nqx"]
-        path.write_bytes(content[:-1])
-        with pytest.raises(ValueError, match="delete it and try again"):
-            load("nequix-mp-1")

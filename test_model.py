@@ -1,7 +1,10 @@
 """The model against the released weights' reference values, e3nn and finite differences."""
 
+import hashlib
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,21 +295,26 @@ def test_precision_is_the_models_own():
     assert model.precision == "float32"
 
 
-def test_weights_that_must_be_fetched(tmp_path, monkeypatch):
-    """From the cache if they are there; a failing or wrong download leaves nothing behind, and says where to get them."""
+def test_weights_by_name(tmp_path, monkeypatch):
+    """Downloaded once, checked, into the cache. Offline or with a wrong file, one line says what to do."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    here = tmp_path / "modded-nequix" / "nequix-mp-1.nqx"
+    path, content = tmp_path / "modded-nequix/nequix-mp-1.nqx", b"an error page"
 
-    def download(url, path, sha256):
-        raise RuntimeError("invalid hash value")
+    class Reply(io.BytesIO):
+        info = lambda self: SimpleNamespace(get_all=lambda name: None)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(
-        OSError, match=r"cannot fetch nequix-mp-1 .invalid hash.*: get https://.*put it at .*nequix-mp-1.nqx"
-    ):
-        load("nequix-mp-1")
-    save(here, small_model())
-    assert load("nequix-mp-1").config == small_model().config
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: Reply(content))
+    save(tmp_path / "small.pt", small_model())
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"cannot fetch .*hash.*get https://github.com/.*/models/.* put it at {path}"):
+            load("nequix-mp-1")
+        assert list(path.parent.iterdir()) == []
+    content = (tmp_path / "small.pt").read_bytes()
+    commit, _ = nequix.RELEASED["nequix-mp-1"]
+    monkeypatch.setitem(nequix.RELEASED, "nequix-mp-1", (commit, hashlib.sha256(content).hexdigest()))
+    assert load("nequix-mp-1").config == small_model().config and [p.name for p in path.parent.iterdir()] == [path.name]
+    monkeypatch.setattr(torch.hub, "urlopen", None)
+    load("nequix-mp-1")  # from the cache
 
 
 @needs_shared
