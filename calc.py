@@ -405,10 +405,14 @@ class NequixCalculator(Calculator):
         Only then are the atoms checked, since no bad ones can share the list of good ones. Raises ValueError."""
         arrays = atoms.numbers, atoms.pbc[None], atoms.positions, atoms.cell.array[None]
         numbers, pbc, positions, given = map(torch.from_numpy, arrays)
-        old, cutoff, structure = self.listed, self.cutoff, torch.zeros_like(numbers)
+        old, cutoff = self.listed, self.cutoff
         same = old is not None and torch.equal(numbers, old.numbers) and torch.equal(pbc, old.pbc)
-        cell = old.cell if same and torch.equal(given, old.given_cell) else data.complete_cell(given, pbc)
-        if not (same and still_complete(old.positions, old.inverse_cell, positions, cell, structure, cutoff)):
+        if same and torch.equal(given, old.given_cell):  # the common case, quickly
+            cell, complete = old.cell, (positions - old.positions).square().sum(1).max() < (SKIN / 2) ** 2
+        else:
+            cell, one = data.complete_cell(given, pbc), torch.zeros_like(numbers)
+            complete = same and still_complete(old.positions, old.inverse_cell, positions, cell, one, cutoff)
+        if not complete:
             check(atoms, self.model)
             n = torch.tensor([len(atoms)])
             batch, nearest = list_with_skin(numbers, positions, cell, pbc, n, cutoff, self.device)

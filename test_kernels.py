@@ -622,7 +622,7 @@ def test_cuda_graph_of_the_calculator(tmp_path):
         assert np.abs(atoms.get_forces() - expected[1]).max() < 1e-5 * np.abs(expected[1]).max()
         assert np.abs(atoms.get_stress() - expected[2]).max() < 1e-5 * np.abs(expected[2]).max()
         lists.add(id(calc.listed[0]))
-    assert calc.replay is not None and len(lists) > 1
+    assert calc.step_graph is not None and len(lists) > 1
 
 
 @needs_cuda

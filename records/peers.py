@@ -284,7 +284,7 @@ def torch_sim(structures, energies, calc, fmax, max_steps):
 
     def relax(structures, steps):
         model = Wrapped()
-        room = 1000 * calc.edge_budget() / (4 / 3 * np.pi * calc.cutoff**3)  # atoms times atoms/nm^3
+        room = 1000 * calc.max_edges / (4 / 3 * np.pi * calc.cutoff**3)  # atoms times atoms/nm^3
         options = dict(autobatcher=InFlightAutoBatcher(model, max_memory_scaler=room), max_steps=steps)
         options |= dict(optimizer=sim.frechet_cell_fire)
         options |= dict(convergence_fn=sim.generate_force_convergence_fn(fmax, include_cell_forces=True))
