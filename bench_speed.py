@@ -345,6 +345,7 @@ def train(a, device):
     else:
         for job in jobs:
             measure(command="train", device=str(device), **job)
+    dist.barrier()  # no rank leaves before the last results are written
     dist.destroy_process_group()
 
 
