@@ -121,9 +121,18 @@ def stacked(shapes, fan_in_dim, steps, dtype, device):
     scale = torch.tensor([max(1, s[1 - fan_in_dim] / s[fan_in_dim]) ** 0.5 for s in shapes], dtype=dtype)
     scale = scale.repeat_interleave(torch.tensor(sizes)).to(device)
 
+    sides = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in gathers]
+
     def run(flat):
-        padded = torch.cat([flat, flat.new_zeros(1)])
-        return torch.cat([orthogonalize(padded[g], steps).flatten() for g in gathers])[scatter] * scale
+        padded, out = torch.cat([flat, flat.new_zeros(1)]), []
+        for gather, side in zip(gathers, sides):  # on streams of their own: none of the stacks fills a GPU
+            if side:
+                side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                out.append(orthogonalize(padded[gather], steps).flatten())
+        for side in filter(None, sides):
+            torch.cuda.current_stream(device).wait_stream(side)
+        return torch.cat(out)[scatter] * scale
 
     if device.type != "cuda":
         return run
