@@ -210,11 +210,15 @@ class Trainer:
         self.flat = self.params[0].new_zeros(sum(p.numel() for p in self.params) + 1, requires_grad=False)
         for p, g in zip(self.params, self.flat[:-1].split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
-        self.accumulate = self.add_gradient
-        if model.chosen_conv() == "fused":
-            import kernels
+        self.accumulate = self.accumulator()
 
-            self.accumulate = kernels.Replay(self.add_gradient, self.flat)
+    def accumulator(self):
+        """`add_gradient`; with the fused kernels as a CUDA graph."""
+        if self.model.chosen_conv() != "fused":
+            return self.add_gradient
+        import kernels
+
+        return kernels.Replay(self.add_gradient, self.flat)
 
     def add_gradient(self, batch, counts):
         loss, grads = loss_and_gradient(self.model, batch, self.loss_weights, counts)
@@ -234,6 +238,7 @@ class Trainer:
             for batch in batches:
                 self.accumulate(batch, counts)  # the gradient, and the loss
         except torch.cuda.OutOfMemoryError:
+            self.accumulate = self.accumulator()  # frees the memory of the graph
             return None
         if dist.is_initialized():
             dist.all_reduce(self.flat)  # the sum over ranks
@@ -370,7 +375,8 @@ BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} m
 # Training
 
 
-def train(a, device, rank, ranks):
+def train(a, device, rank, ranks, told=()):
+    """told: signals that the process has got; when there is one, the run is saved and left."""
     model = nequix.load(a.init, device, a.precision, a.conv).requires_grad_() if a.init else None
     packed = PackedSet(a.data, model.config["cutoff"] if a.init else a.cutoff, device)
     train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
@@ -492,8 +498,10 @@ def train(a, device, rank, ranks):
 
     # Warm-up, outside the clock: kernels are compiled; a CUDA graph gets room for the largest of the next 1,000 steps.
     if device.type == "cuda" and step < total:
+        from kernels import Replay
+
         soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s)]
-        soon = [p for p in soon if packed.n_edges[p].sum() <= 1_000_000] or soon[:1]
+        soon = [p for p in soon if packed.n_edges[p].sum() <= Replay.MOST] or soon[:1]
         with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():  # the first step will deal with it
             for n in (packed.n_atoms, packed.n_edges):
                 trainer.accumulate(packed.batch(max(soon, key=lambda p: n[p].sum())), np.ones(3))
@@ -505,31 +513,30 @@ def train(a, device, rank, ranks):
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    try:
-        while step < total:
-            counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
-            lr = learning_rate(step, total, 0.1 * steps_per_epoch, a.lr, a.decay)
-            due = rank == 0 and time.monotonic() >= saved_at + a.save_every
-            loss = trainer.step(islice(batches, len(pieces_of(step))), counts, lr, step, save if due else None)
-            if loss is None:
-                max_edges //= 2
-                torch.cuda.empty_cache()
-                if max_edges < 1000:
-                    raise ValueError("out of GPU memory even with micro-batches of 2000 edges: a smaller model?")
-                log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
-                batches = batches_from(step)
-                continue
-            losses[step % len(losses)] = loss
-            step += 1
-            bar.update()
-            if step % eval_every == 0 or step == total:
-                stop_clock()
-                validate()
-                start = time.perf_counter()
-    except KeyboardInterrupt:
-        bar.close()
-        log(f"interrupted at step {step} of {total}; the same command goes on from step {saved}, the last checkpoint")
-        raise
+    while step < total:
+        leaving = bool(told)
+        counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
+        lr = learning_rate(step, total, 0.1 * steps_per_epoch, a.lr, a.decay)
+        due = rank == 0 and (leaving or time.monotonic() >= saved_at + a.save_every)
+        loss = trainer.step(islice(batches, len(pieces_of(step))), counts, lr, step, save if due else None)
+        if loss is None:
+            max_edges //= 2
+            torch.cuda.empty_cache()
+            if max_edges < 1000:
+                raise ValueError("out of GPU memory even with micro-batches of 2000 edges: a smaller model?")
+            log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
+            batches = batches_from(step)
+            continue
+        if leaving:
+            log(f"interrupted; the same command goes on from step {saved} of {total}")
+            raise KeyboardInterrupt
+        losses[step % len(losses)] = loss
+        step += 1
+        bar.update()
+        if step % eval_every == 0 or step == total:
+            stop_clock()
+            validate()
+            start = time.perf_counter()
     bar.close()
     _, mae, _, baseline = history[-1]
     if rank == 0:
@@ -546,7 +553,15 @@ def train(a, device, rank, ranks):
 def main():
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     a = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: say from where to go on
+    told = []
+
+    def on_signal(number, frame):
+        if told and time.monotonic() > told[0] + 5:  # torchrun may pass on at once what its workers have got already
+            raise KeyboardInterrupt
+        told.append(time.monotonic())
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
         device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
@@ -562,12 +577,14 @@ def main():
             if ranks > 1:
                 dist.barrier()
             a.data = default_data()
-        train(a, device, rank, ranks)
+        train(a, device, rank, ranks, told if rank == 0 else ())  # others wait for rank 0, which saves
         status = 0
     except (ValueError, OSError) as e:
         print(f"error: {e}" if rank == 0 else f"error on rank {rank}: {e}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError):
+        if not told:
+            raise
         status = 130
     if status:  # without waiting for other ranks and threads
         sys.stdout.flush()
