@@ -307,6 +307,10 @@ class PackedSet:
     def indices(self, split):
         return np.flatnonzero(self.split == split)
 
+    def pieces(self, indices, max_edges):
+        """Micro-batches of `indices`, within a budget of edges, and as many atoms for structures with few edges."""
+        return micro_batches(indices, self.n_atoms, self.n_edges, max_edges, max_edges)
+
     def name(self, index):
         return self.ids[index].decode()
 

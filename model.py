@@ -1,15 +1,16 @@
 """Nequix: the model of "Training a Foundation Model for Materials on a Budget" (Koker, Kotak, Smidt 2025,
 arXiv:2508.16067), a simplified NequIP (Batzner et al. 2022) with an equivariant RMSNorm, in plain PyTorch.
 
-    model = load("nequix-mp-1")                                   # released weights, an .nqx file, or our checkpoint
-    energy, forces, stress = energy_forces_stress(model, batch)   # a Batch of data.py
+    model = load("nequix-mp-1")                                      # released weights, an .nqx file, our checkpoint
+    batch = make_batch(numbers, positions, cell, pbc, n_atoms, 6.0)  # data.py: tensors of some structures, joined
+    energy, forces, stress = energy_forces_stress(model, batch)
 
 The equations, in the order of this file. h_i: features of atom i; j: its neighbours within the cutoff; r_ij: r_j - r_i;
-W: matrices that mix the channels of each degree l.
+N: mean number of neighbours; W: matrices that mix the channels of each degree l.
 
     (1)  B(r)    Bessel functions times a polynomial cutoff                          radial basis
     (2)  Y(u)    real spherical harmonics, l <= 3, of the unit vector u              angular basis
-    (3)  m_i  =  1/sqrt(n) sum_j MLP(B(r_ij)) * CG(W1 h_j, Y(u_ij))                  convolution
+    (3)  m_i  =  1/sqrt(N) sum_j MLP(B(r_ij)) * CG(W1 h_j, Y(u_ij))                  convolution
     (4)  v_i  =  W2 m_i + W3 h_i                                                     skip connection
     (5)  v_i  -> RMSNorm(v_i)                                                        normalization
     (6)  h_i  =  gate(v_i)                                                           nonlinearity
@@ -100,8 +101,9 @@ def clebsch_gordan(l1, l2, l3):
 #   hidden   (E, 64)                last hidden layer of the radial MLP                receiver; row_ptr[i]:row_ptr[i+1]
 #   w3       (64, W)                its output layer: one weight a path and channel    are those of receiver i
 #
-# The output has the same order. Its channels at degree l are the paths into l, sorted by input l, then SH l. Three
-# functions do this: plain torch (the reference, here), OpenEquivariance (at the end of this file), the fused kernels.
+# The output has the same order. Its channels at degree l are the paths into l, sorted by input l, then SH l. Here is
+# the reference in plain torch, at the end of this file OpenEquivariance's. The fused kernels of kernels.py replace
+# more: the whole network.
 
 
 def paths(l_in, lmax, l_out):
@@ -177,7 +179,7 @@ class Layer(nn.Module):
 
         sizes = [config["n_basis"], *[config["radial_size"]] * config["radial_layers"]]
         self.radial = nn.ParameterList(randn(i, o) for i, o in zip(sizes, [*sizes[1:], sum(mid)]))
-        for i, w in enumerate(self.radial):  # the variance 4/fan_in makes up for SiLU; the last layer has none
+        for i, w in enumerate(self.radial):  # the variance 4/fan_in makes up for SiLU, which the last layer has not
             w.data *= math.sqrt((4 if i < len(self.radial) - 1 else 1) / w.shape[0])
         self.linear_1 = nn.ParameterList(randn(m, m) for m in muls_in)
         self.linear_2 = nn.ParameterList(randn(i, o) for i, o in zip(mid, self.channels))
@@ -283,8 +285,8 @@ class Nequix(nn.Module):
         """Energy of each atom, eV, (A,) float64, without E0.
 
         numbers: (A,) atomic numbers; vectors: (E, 3) r_sender - r_receiver, A, float64; senders, row_ptr: as in a conv.
-        The fused kernels (the default on CUDA) are differentiable once, and by the vectors alone. Gradients of the
-        weights are those of train.loss_and_gradient.
+        With the fused kernels (the default on CUDA) it can be differentiated once, by the vectors only: for gradients
+        of the weights use train.loss_and_gradient.
         """
         config, conv = self.config, self.chosen_conv()
         with dense_products(self.tf32):
@@ -348,8 +350,9 @@ def assemble(model, batch, atom_energy, g):
     energy = g.new_zeros(n_structures).index_add(0, batch.structure, energy)
     forces = g.new_zeros(n_atoms, 3).index_add(0, batch.receivers, g).index_add(0, batch.senders, g, alpha=-1)
     virial = (batch.vectors[:, :, None] * g[:, None, :]).flatten(1)  # (E, 9)
-    virial = g.new_zeros(n_atoms, 9).index_add(0, batch.receivers, virial)  # first atoms, then structures:
-    virial = g.new_zeros(n_structures, 9).index_add(0, batch.structure, virial)  # fewer atomics on one address
+    # Sums over atoms first, then over structures: fewer atomics hit one address.
+    virial = g.new_zeros(n_atoms, 9).index_add(0, batch.receivers, virial)
+    virial = g.new_zeros(n_structures, 9).index_add(0, batch.structure, virial)
     virial = virial.view(-1, 3, 3)
     periodic = batch.pbc.all(1)
     a, b, c = batch.cell.unbind(1)
@@ -433,9 +436,12 @@ def load_nqx(path):
             if header["index_weights"] or header.get("add_repulsion"):
                 raise ValueError("species-indexed weights and pair repulsion are not supported")
             e0 = np.load(f, allow_pickle=False)
-            theirs = "cutoff hidden_irreps lmax n_layers radial_basis_size radial_mlp_size radial_mlp_layers"
-            theirs = f"{theirs} radial_polynomial_p layer_norm avg_n_neighbors scale shift".split()
-            config = dict(zip([*Nequix.DEFAULTS, "avg_n_neighbors", "scale", "shift"], map(header.__getitem__, theirs)))
+            theirs = dict(cutoff="cutoff", hidden="hidden_irreps", lmax="lmax", layers="n_layers", norm="layer_norm")
+            theirs |= dict(
+                n_basis="radial_basis_size", radial_size="radial_mlp_size", radial_layers="radial_mlp_layers"
+            )
+            theirs |= {"polynomial_p": "radial_polynomial_p"} | {k: k for k in ("avg_n_neighbors", "scale", "shift")}
+            config = {ours: header[name] for ours, name in theirs.items()}
             config["hidden"] = config["hidden"].replace(" ", "")
             config |= dict(atomic_numbers=sorted(header["atomic_numbers"]), atom_energies=e0.astype(float).tolist())
             model = Nequix(config)
@@ -458,7 +464,10 @@ def load_nqx(path):
 def choose_conv(kind, device, dtype=torch.float32, config=None):
     """The convolution that runs for networks of `dtype` and `config` (default: the paper's) on `device`; "auto" takes
     the fastest that works. Raises ValueError if the one that was asked for does not work here."""
+    if kind not in ("auto", "fused", "oeq", "torch"):
+        raise ValueError(f"conv is auto, fused, oeq or torch, not {kind}")
     config = {**Nequix.DEFAULTS, **(config or {})}
+    radial_mlp = config["radial_size"], config["radial_layers"]
     for choice in ("fused", "oeq", "torch") if kind == "auto" else (kind,):
         why_not = None
         if choice != "torch" and torch.device(device).type != "cuda":
@@ -466,16 +475,14 @@ def choose_conv(kind, device, dtype=torch.float32, config=None):
         elif choice == "oeq":
             why_not = oeq_error()
         elif choice == "fused" and torch.cuda.get_device_capability(device) < (8, 0):
-            why_not = "it needs a GPU of compute capability 8.0"
-        elif choice == "fused" and (
-            dtype != torch.float32 or (config["radial_size"], config["radial_layers"]) != (64, 2)
-        ):
+            why_not = "it needs a GPU of compute capability 8.0 or newer"
+        elif choice == "fused" and (dtype != torch.float32 or radial_mlp != (64, 2)):
             why_not = "it needs float32 or TF32, and a radial MLP of 2 layers of 64"
         elif choice == "fused" and torch.are_deterministic_algorithms_enabled():
             why_not = "its sums have no fixed order, and torch's deterministic algorithms are on"
         if why_not is None:
             return choice
-    raise ValueError(f"--conv {kind} does not work here: {why_not}")
+    raise ValueError(f"the convolution {kind} does not work here: {why_not}")
 
 
 @functools.lru_cache

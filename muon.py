@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
     params: as for any torch optimizer. A group that holds both kinds becomes two in `param_groups`, Muon's first, with
     the same options. Frozen parameters are left out. A parameter whose grad is None stays as it is.
     fan_in_dim: the dimension of a weight that is summed over, 0 if it is used as x @ w, 1 in nn.Linear.
-    weight_decay: not for the 1-D parameters, unless their group has use_muon=False.
+    weight_decay: for 2-D parameters, and for all in a group with use_muon=False.
     momentum, steps: Muon's. betas, eps: Adam's. Both use lr, as in optax.
     Raises ValueError for a parameter given twice, and for one neither 1-D nor 2-D in a group without use_muon=False.
     """
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(options, fan_in_dim=fan_in_dim, use_muon=True, t=0))
 
     def add_param_group(self, group):
-        """Adds a group for Muon and a group for Adam, one if the other were empty, more if dtypes or devices differ."""
+        """Splits a group into one for Muon and one for Adam, without empty ones, and further by dtype and device."""
         super().add_param_group(dict(group))  # checks, defaults, names
         group, parts = self.param_groups.pop(), {}
         if len(set(group["params"])) != len(group["params"]):
@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
         return state[name].lerp_(value, 1 - beta)
 
     def lookahead(self, group, grad, beta):
-        """Nesterov: the bias-corrected moving average as it would be after one more step with the same gradient."""
+        """Nesterov: the average one step ahead with the same gradient, each term bias-corrected, as in optax."""
         t, average = group["t"], self.moment(group, "average", grad, beta)
         return (average * (beta / (1 - beta ** (t + 1)))).add_(grad, alpha=(1 - beta) / (1 - beta**t))
 

@@ -274,7 +274,7 @@ def test_bad_files_and_configurations_are_told(tmp_path):
     for bad in (*words, dict(lmax=1), dict(lmax=4), dict(layers=0), dict(atom_energies=[0.0])):
         with pytest.raises(ValueError):
             small_model(**bad)
-    with pytest.raises(ValueError, match="--conv oeq does not work here"):
+    with pytest.raises(ValueError, match="convolution oeq does not work here"):
         nequix.choose_conv("oeq", "cpu")
     with pytest.raises(ValueError, match="precision is one of float32, tf32, float64, not float16"):
         load(tmp_path / "whole.pt", precision="float16")

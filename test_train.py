@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -420,7 +419,7 @@ def test_bad_arguments_give_one_line(packed, tmp_path, capsys):
         f"--data {tmp_path}/none": "no packed set",
         f"--data {packed} --hidden 8x1o": "hidden irreps",
         f"--data {packed} --lmax 7": "lmax 7",
-        f"--data {packed} --conv oeq": "--conv oeq does not work here",
+        f"--data {packed} --conv oeq": "convolution oeq does not work here",
         f"--data {packed} --out {tmp_path}": f"state.pt can't be read .EOFError.: remove {tmp_path} to start anew",
         f"--data {packed} --init {tmp_path}/none.nqx": "no weights at",
     }.items():

@@ -4,12 +4,13 @@
     torchrun --nproc_per_node=2 train.py --data data/mptrj --tf32      # the same batch, shared by two GPUs
     python train.py --init nequix-mp-1 --data data/mine --lr 5e-3 --epochs 10                 # fine-tuning
 
-The defaults are Table A.1 of the paper. Rerun a command to resume its run, exactly, from the last checkpoint.
-Written to --out: log.txt, model.pt (averaged weights), curve.png, and state.pt (the checkpoint).
+The defaults are Table A.1 of the paper. The same command resumes a run from its last checkpoint: bit for bit on a CPU,
+to rounding on CUDA. In --out: log.txt (sources, machine, errors), model.pt (averaged weights), curve.png, state.pt.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -31,18 +32,18 @@ from tqdm import tqdm
 
 import data
 import model as nequix
-from data import PackedSet, deal, micro_batches, prefetch, step_indices
+from data import PackedSet, deal, prefetch, step_indices
 from model import Nequix, dense_products, energy_forces_stress
 from muon import Muon
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyper-parameters
 
-# For the mini track. Muon moves a weight by a fraction of --lr a step: 460 steps must take it far from its first value.
+# For the mini track. A step of Muon has a fixed size, set by --lr; 460 steps must take the weights far from the start.
 FAST = dict(hidden="64x0e+32x1o+32x2e", lmax=2, cutoff=5.0, epochs=13.0, batch=128, lr=0.1, norm_lr=2.0, decay="linear")
 FAST |= dict(weight_decay=0.1, ema=0.9, force_weight=10.0)
 ARCHITECTURE = "hidden lmax layers cutoff".split()
-FREE = "data out recipe conv device max_edges eval_every save_every".split()  # may change in a run
+FREE = "data out recipe conv device max_edges eval_every save_every".split()  # may differ on resuming
 
 
 def parse_args(argv=None):
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     add("--hidden", default="128x0e+64x1o+32x2e+32x3o", help="irreps of the hidden features")
     add("--lmax", default=3, type=int, help="highest degree of the spherical harmonics")
     add("--layers", default=4, type=int, help="message-passing layers")
-    add("--cutoff", default=6.0, type=float, help="of the neighbour list, A")
+    add("--cutoff", default=6.0, type=float, help="cutoff radius, A")
     add("--no-norm", action="store_true", help="leave out the RMSNorm")
 
     add = p.add_argument_group("optimization").add_argument
@@ -68,27 +69,25 @@ def parse_args(argv=None):
     add("--epochs", default=100.0, type=float, help="passes over the training frames")
     add("--steps", default=0, type=int, help="number of steps, in place of --epochs")
     add("--batch", default=256, type=int, help="structures in a step, on all ranks together")
-    add("--optimizer", default="muon", choices=["muon", "adamw"], help="Muon leaves the weights of norms to Adam")
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon: Adam for the weights of norms")
     add("--lr", default=0.01, type=float, help="peak learning rate")
     add("--norm-lr", default=1.0, type=float, help="learning rate of the weights of norms, in units of --lr")
-    add("--decay", default="cosine", choices=["cosine", "linear"], help="of the learning rate, down to 1e-6")
-    add("--weight-decay", default=1e-3, type=float, help="of the matrices; multiplies the learning rate")
+    add("--decay", default="cosine", choices=["cosine", "linear"], help="of --lr to 1e-6, after 0.1 epoch of warm-up")
+    add("--weight-decay", default=1e-3, type=float, help="of the matrices; multiplied by the learning rate")
     add("--grad-clip", default=100.0, type=float, help="largest norm of the gradient")
-    add("--ema", default=0.999, type=float, help="decay of the averaged weights, below 1")
+    add("--ema", default=0.999, type=float, help="decay of the averaged weights, at most (1+t)/(10+t)")
     add("--energy-weight", default=20.0, type=float, help="in the loss, of the mean |dE|/atom in eV")
     add("--force-weight", default=20.0, type=float, help="in the loss, of the mean length of dF in eV/A")
     add("--stress-weight", default=5.0, type=float, help="in the loss, of the mean |component of d stress| in eV/A^3")
     add("--seed", default=0, type=int, help="of the initial weights and the order of the data")
 
     add = p.add_argument_group("machine").add_argument
-    add("--precision", default="float32", choices=list(nequix.PRECISIONS), help="of the network")
+    add("--precision", default="float32", choices=list(nequix.PRECISIONS), help="of the network's arithmetic")
     add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
     add("--conv", default="auto", choices=["auto", "fused", "oeq", "torch"], help=nequix.CONV_HELP)
     add("--device", default="", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--max-edges", default=0, type=int, help="edges in a micro-batch (default: by the free memory)")
-    add(
-        "--eval-every", default=0, type=int, help="steps between validations (default: an epoch, or a tenth of the run)"
-    )
+    add("--eval-every", default=0, type=int, help="steps between validations (default: an epoch, or less)")
     add("--save-every", default=60.0, type=float, help="seconds between checkpoints")
 
     for action in p._actions:
@@ -103,8 +102,10 @@ def parse_args(argv=None):
             p.error(f"{flag} {value} is out of range")
         if value == 0 and name in "batch lr norm_lr layers cutoff epochs grad_clip".split():
             p.error(f"{flag} must be positive")
-        if a.init and name in [*ARCHITECTURE, "no_norm"] and value != p.get_default(name):
-            p.error(f"--init takes the architecture from the weights: leave {flag} out")
+        if a.init and name in [*ARCHITECTURE, "no_norm"]:
+            if value != p.get_default(name):
+                p.error(f"--init takes the architecture from the weights: leave {flag} out")
+            setattr(a, name, None)
     return a
 
 
@@ -125,7 +126,7 @@ def differences(batch, predicted):
 def batch_loss(batch, predicted, weights, counts):
     """This batch's share of the loss: sums over its structures, divided by the counts of the whole step.
 
-    20 mean |dE|/n + 20 mean |dF| (length of the vector) + 5 mean |d stress| (components).
+    With the paper's weights: 20 mean |dE|/n + 20 mean |dF| (length of the vector) + 5 mean |d stress| (components).
     """
     de, _, df, _, ds, _ = differences(batch, predicted)
     sums = de.abs().sum(), torch.linalg.vector_norm(df, dim=1).sum(), ds.abs().sum()
@@ -144,7 +145,7 @@ def loss_and_gradient(model, batch, weights, counts):
 
     Forces and stress are linear in g = dE/dvector. So the gradient of the loss L(E, g) by the weights is that of the
     sum over atoms of (dL/dE) E, plus D: the derivative of the energy along the direction dL/dg of the edge vectors. The
-    fused kernels compute D forward, as a tangent, and nothing is differentiated twice. Elsewhere autograd does that.
+    fused kernels compute D forward, as a tangent, so no double backward is needed. The other convolutions need one.
     """
     params = list(model.parameters())
     with torch.enable_grad(), dense_products(model.tf32):
@@ -155,7 +156,7 @@ def loss_and_gradient(model, batch, weights, counts):
 
         vectors = batch.vectors.detach().requires_grad_()
         energy, kept = kernels.atom_energies(model, batch.numbers, vectors, batch.senders, batch.row_ptr, keep=True)
-        (g,) = torch.autograd.grad(energy.sum() + 0 * vectors.sum(), vectors)
+        (g,) = torch.autograd.grad(energy.sum() + 0 * vectors.sum(), vectors)  # there may be no edges
         energy, g = energy.detach().requires_grad_(), g.requires_grad_()
         loss = batch_loss(batch, nequix.assemble(model, batch, energy, g), weights, counts)
         by_energy, direction = torch.autograd.grad(loss, (energy, g))
@@ -175,7 +176,7 @@ def evaluate(model, packed, indices, max_edges, rank=0, ranks=1):
     meV/A^3/atom. And the same for the E0s alone with zero forces and stress. Shared among ranks, exact sums."""
     total = torch.zeros(9, dtype=torch.float64, device=packed.device)
     mine = deal(indices, packed.n_edges, ranks)[rank]
-    pieces = micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    pieces = packed.pieces(mine, max_edges)
     for batch in prefetch(packed, tqdm(pieces, "validation", leave=False, disable=None if rank == 0 else True)):
         n = batch.n_atoms[:, None, None]
         e0 = model.e0[model.species[batch.numbers]]
@@ -198,16 +199,16 @@ def evaluate(model, packed, indices, max_edges, rank=0, ranks=1):
 class Trainer:
     """A model, a copy of it with averaged weights (`ema`), its optimizer, and the training step.
 
-    loss_weights: of energy, forces and stress. grad_clip: largest norm of the gradient. decay: of the moving average.
+    loss_weights: of energy, forces and stress. grad_clip: largest norm of the gradient. ema_decay: of the average.
     """
 
-    def __init__(self, model, optimizer, loss_weights, grad_clip=100.0, decay=0.999):
+    def __init__(self, model, optimizer, loss_weights, grad_clip=100.0, ema_decay=0.999):
         self.model, self.optimizer, self.loss_weights = model, optimizer, loss_weights
-        self.grad_clip, self.decay = grad_clip, decay
+        self.grad_clip, self.ema_decay = grad_clip, ema_decay
         self.ema = deepcopy(model).requires_grad_(False)
         self.params, self.averages = list(model.parameters()), list(self.ema.parameters())
         # All gradients lie in one flat tensor, which is all-reduced as it is. Its last element is the loss.
-        self.flat = self.params[0].new_zeros(sum(p.numel() for p in self.params) + 1, requires_grad=False)
+        self.flat = self.params[0].new_zeros(sum(p.numel() for p in self.params) + 1)
         for p, g in zip(self.params, self.flat[:-1].split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
         self.accumulate = self.accumulator()
@@ -231,7 +232,7 @@ class Trainer:
 
         Returns the loss, a scalar tensor, NaN if the gradient is not finite; or None if the GPU's memory does not
         suffice, and then nothing has changed. before_update(loss) is called when the loss of the weights is known,
-        before they are updated. Nothing here waits for the GPU.
+        before they are updated. But for that, nothing here waits for the GPU.
         """
         self.flat.zero_()
         try:
@@ -244,7 +245,7 @@ class Trainer:
             dist.all_reduce(self.flat)  # the sum over ranks
         gradient, loss = self.flat[:-1], self.flat[-1]
         norm = torch.linalg.vector_norm(gradient)
-        loss = loss + 0 * norm
+        loss = loss + 0 * norm  # NaN if the gradient is not finite
         if before_update:
             before_update(loss)
         gradient *= (self.grad_clip / (norm + 1e-6)).clamp(max=1)
@@ -252,7 +253,7 @@ class Trainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         with dense_products(self.model.tf32):
             self.optimizer.step()
-        torch._foreach_lerp_(self.averages, self.params, 1 - min(self.decay, (1 + t) / (10 + t)))
+        torch._foreach_lerp_(self.averages, self.params, 1 - min(self.ema_decay, (1 + t) / (10 + t)))
         return loss
 
 
@@ -269,8 +270,8 @@ def default_data():
 
 
 def edges_that_fit(model, device):
-    """Edges of a micro-batch, by the free memory and the bytes that an edge takes in the paper's network. Training
-    halves this if it was too much."""
+    """Edges of a micro-batch: 0.7 of the free memory, over the bytes that an edge takes in the paper's network.
+    Training halves them when memory runs out."""
     if device.type == "cpu":
         return 20_000
     size = dict(fused=9_000, oeq=60_000, torch=450_000)[model.chosen_conv()]
@@ -313,7 +314,7 @@ def check_elements(model, packed, indices):
 
 
 def read_state(path, fixed, total, sources_sha256):
-    """The checkpoint of a run with the settings `fixed`, or None. Raises ValueError if it can't be gone on from."""
+    """The checkpoint of a run with the settings `fixed`, or None. Raises ValueError if it can't be resumed."""
     if not path.exists():
         return None
     try:
@@ -337,7 +338,7 @@ def sources():
 
 
 def run_header(a, packed, model, ranks):
-    """What proves a run: sources, machine, versions, data, settings."""
+    """What it takes to reproduce a run: sources, machine, versions, data, settings."""
     (text, sha256), machine = sources(), platform.processor() or platform.machine()
     if packed.device.type == "cuda":
         machine = torch.cuda.get_device_name(packed.device)
@@ -463,7 +464,7 @@ def train(a, device, rank, ranks, told=()):
         saved = step
 
     def validate():
-        half = max_edges // 2  # a CUDA graph keeps its memory
+        half = max_edges // 2  # the CUDA graph of the step still holds its memory
         mae, baseline = evaluate(trainer.ema, packed, val_frames, half, rank, ranks)
         text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A "
         text += f"stress={mae[2]:.3f} meV/A^3/atom"
@@ -480,13 +481,14 @@ def train(a, device, rank, ranks, told=()):
         history.append([step, mae, train_s, baseline])
         log(text)
 
-    def pieces_of(s):
+    @functools.lru_cache(8)
+    def pieces_of(s, max_edges):
         """The micro-batches of this rank in step s."""
         mine = deal(step_indices(train_frames, a.batch, a.seed, s), packed.n_edges, ranks)[rank]
-        return micro_batches(mine, packed.n_atoms, packed.n_edges, max_edges, max_edges)
+        return packed.pieces(mine, max_edges)
 
     def batches_from(first):
-        return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s)))
+        return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s, max_edges)))
 
     log(run_header(a, packed, model, ranks), screen=False)
     if state:
@@ -496,13 +498,13 @@ def train(a, device, rank, ranks, told=()):
         frames = f"{len(train_frames)} training and {len(val_frames)} validation frames"
         log(f"{frames}; {total} steps of {a.batch}; {ranks} rank(s)")
 
-    # Warm-up, outside the clock: kernels are compiled; a CUDA graph gets room for the largest of the next 1,000 steps.
+    # Warm-up, outside the clock: kernels are compiled; a CUDA graph is captured with room for the next 1,000 steps.
     if device.type == "cuda" and step < total:
         from kernels import Replay
 
-        soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s)]
+        soon = [p for s in range(step, min(step + 1000, total)) for p in pieces_of(s, max_edges)]
         soon = [p for p in soon if packed.n_edges[p].sum() <= Replay.MOST] or soon[:1]
-        with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():  # the first step will deal with it
+        with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():  # the first step will halve them
             for n in (packed.n_atoms, packed.n_edges):
                 trainer.accumulate(packed.batch(max(soon, key=lambda p: n[p].sum())), np.ones(3))
     if not history:
@@ -518,13 +520,13 @@ def train(a, device, rank, ranks, told=()):
         counts = label_counts(packed, step_indices(train_frames, a.batch, a.seed, step))
         lr = learning_rate(step, total, 0.1 * steps_per_epoch, a.lr, a.decay)
         due = rank == 0 and (leaving or time.monotonic() >= saved_at + a.save_every)
-        loss = trainer.step(islice(batches, len(pieces_of(step))), counts, lr, step, save if due else None)
+        loss = trainer.step(islice(batches, len(pieces_of(step, max_edges))), counts, lr, step, save if due else None)
         if loss is None:
             max_edges //= 2
             torch.cuda.empty_cache()
             if max_edges < 1000:
-                raise ValueError("out of GPU memory even with micro-batches of 2000 edges: a smaller model?")
-            log(f"out of memory at step {step}: micro-batches of {max_edges} edges from here")
+                raise ValueError(f"out of GPU memory with micro-batches of {2 * max_edges} edges: try a smaller model")
+            print(f"rank {rank}: out of memory at step {step}: micro-batches of {max_edges} edges from here")
             batches = batches_from(step)
             continue
         if leaving:

@@ -33,7 +33,7 @@ import data
 import kernels
 import muon
 import train
-from data import PackedSet, micro_batches, prefetch, step_indices
+from data import PackedSet, prefetch, step_indices
 from model import Nequix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,7 +164,7 @@ class Stage:
 
     def pieces(self, step):
         frames = step_indices(self.frames, self.batch, self.seed, step)
-        return micro_batches(frames, self.packed.n_atoms, self.packed.n_edges, MOST_EDGES, MOST_EDGES)
+        return self.packed.pieces(frames, MOST_EDGES)
 
     def build(self):
         """Capture graphs with room for the largest of the first batches, outside the clock."""
@@ -195,7 +195,7 @@ def run(path, v):
     train.batch_loss = functools.partial(huber_loss, v["huber"]) if v.get("huber") else paper_loss
     options = dict(weight_decay=v["weight_decay"], momentum=v.get("momentum", 0.95), steps=v.get("orthogonal_steps", 5))
     optimizer = functools.partial(Variant, params, ends, v, **options)
-    trainer = train.Trainer(model, optimizer(), v["weights"], decay=AVERAGES[0])
+    trainer = train.Trainer(model, optimizer(), v["weights"], ema_decay=AVERAGES[0])
     averages = [trainer.ema, *(deepcopy(trainer.ema) for _ in AVERAGES[1:])]
 
     # Stages: (part of the steps at which it ends, Stage). One thing at a time.

@@ -1,11 +1,11 @@
-"""Errors of given weights on a packed set; and what betrays labels of another kind: E0s, units, the sign of the stress.
+"""Errors of given weights on a packed set, and signs of labels by another convention: E0s, units, sign of the stress.
 
     python records/validate.py nequix-mp-1 --data data/mptrj --frames 200
     python records/validate.py runs/sample/model.pt --data data/sample --test                # once, for a record
-    python records/validate.py nequix-mp-1 --data data/mine --refit-e0 refitted.pt           # then train.py --init refitted.pt
+    python records/validate.py nequix-mp-1 --data data/mine --refit-e0 refitted.pt       # then train.py --init
 
-The last one fits the E0s, the energies of the isolated atoms, to what energy the model leaves of the training frames: for data
-of another functional or other pseudopotentials. Elements that the data lack keep theirs.
+The last one fits the E0s, the energies of isolated atoms, to the model's energy residuals on the training frames: for
+data from another functional or with other pseudopotentials. Elements that are not in the data keep theirs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import model as nequix
-from data import PackedSet, composition, micro_batches, prefetch
+from data import PackedSet, composition, prefetch
 from train import BASELINE, check_elements, edges_that_fit, evaluate
 
 
@@ -37,8 +37,10 @@ def slopes(model, packed, pieces):
 
 @torch.no_grad()
 def refitted_e0(model, packed, indices, max_edges):
-    """The model's E0s, eV, plus the least-squares fit, of least norm, to the energy that it leaves of the frames `indices`."""
-    pieces = micro_batches(indices[packed.has_energy[indices]], packed.n_atoms, packed.n_edges, max_edges, max_edges)
+    """The model's E0s, eV, plus the least-squares fit, of least norm, to its energy residuals on these frames."""
+    pieces = packed.pieces(indices[packed.has_energy[indices]], max_edges)
+    if not pieces:
+        raise ValueError(f"{packed.path} has no training frame with an energy")
     batches = prefetch(packed, tqdm(pieces, "fitting E0s", leave=False, disable=None))
     left = np.concatenate([(b.energy - nequix.energy_forces_stress(model, b)[0]).cpu() for b in batches])
     counts = composition(packed.numbers, packed.offsets)[np.concatenate(pieces)][:, model.config["atomic_numbers"]]
@@ -50,17 +52,16 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", help="a released name, an .nqx file or a model.pt")
     p.add_argument("--data", required=True, help="a packed set")
-    p.add_argument("--frames", type=int, help="so many frames, drawn at random (default: all)")
+    p.add_argument("--frames", type=int, help="number of frames, drawn at random (default: all)")
     p.add_argument("--test", action="store_true", help="the test split, in place of validation")
     p.add_argument("--refit-e0", metavar="FILE", help="write the weights there, with E0s fitted to the training frames")
     p.add_argument("--precision", choices=list(nequix.PRECISIONS), default="float32", help="default: float32")
-    p.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
-    )
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     a = p.parse_args()
     try:
-        model = nequix.load(a.weights, a.device, a.precision)
-        packed = PackedSet(a.data, model.config["cutoff"], a.device)
+        device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = nequix.load(a.weights, device, a.precision)
+        packed = PackedSet(a.data, model.config["cutoff"], device)
         split, indices = ("test", packed.indices(data.TEST)) if a.test else ("validation", packed.indices(data.VAL))
         indices = np.sort(np.random.RandomState(0).permutation(indices)[: a.frames])
         if len(indices) == 0:
@@ -72,12 +73,10 @@ def main():
             model.e0.copy_(torch.tensor(model.config["atom_energies"], dtype=torch.float64))
             nequix.save(a.refit_e0, model)
         (energy, forces, stress), baseline = evaluate(model, packed, indices, max_edges)
-        by_force, by_stress = slopes(
-            model, packed, micro_batches(indices, packed.n_atoms, packed.n_edges, max_edges, max_edges)
-        )
+        by_force, by_stress = slopes(model, packed, packed.pieces(indices, max_edges))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"{a.weights} on {len(indices)} {split} frames of {a.data}, {model.precision}, {model.chosen_conv()}:")
+    print(f"{a.refit_e0 or a.weights} on {len(indices)} {split} frames of {a.data}, {model.precision}:")
     print(f"energy MAE {energy:.2f} meV/atom, force MAE {forces:.2f} meV/A, stress MAE {stress:.3f} meV/A^3/atom")
     print(BASELINE.format(*baseline))
     print(f"labels = slope x prediction, median over frames: forces {by_force:.3f}, stress {by_stress:.3f}")
@@ -86,9 +85,7 @@ def main():
     of_model = dict(zip(model.config["atomic_numbers"], model.config["atom_energies"]))
     gaps = {z: of_set[z] - of_model[z] for z in of_set.keys() & of_model.keys()}
     worst = ", ".join(f"Z={z} {gaps[z]:+.3f}" for z in sorted(gaps, key=lambda z: -abs(gaps[z]))[:5])
-    print(
-        f"E0s, those of the set less those of the weights, eV: median {np.median([*gaps.values()]):+.3f}; largest {worst}"
-    )
+    print(f"E0s of the set minus those of the weights, eV: median {np.median([*gaps.values()]):+.3f}; largest {worst}")
 
 
 if __name__ == "__main__":
