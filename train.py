@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from copy import deepcopy
 from datetime import timedelta
 from itertools import islice
@@ -49,11 +50,7 @@ FREE = "data out recipe conv device max_edges eval_every save_every".split()  # 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("data and results").add_argument
-    add(
-        "--data",
-        default="",
-        help="packed set (default: data/mptrj if it is there, else data/sample, fetched if absent)",
-    )
+    add("--data", default="", help="packed set (default: data/mptrj if it is there, else data/sample, fetched once)")
     add("--out", default="", help="folder of the run (default: runs/ and the name of the set)")
 
     add = p.add_argument_group("model").add_argument
@@ -289,11 +286,8 @@ def learning_rate(step, total, warmup, peak, decay="cosine"):
 
 def make_optimizer(model, a):
     matrices, norms = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
-    groups = (
-        dict(params=matrices, weight_decay=a.weight_decay),
-        dict(params=norms, weight_decay=0.0, lr_scale=a.norm_lr),
-    )
-    groups = [g for g in groups if g["params"]]
+    groups = [dict(params=matrices, weight_decay=a.weight_decay)]
+    groups += [dict(params=norms, weight_decay=0.0, lr_scale=a.norm_lr)] if norms else []
     return Muon(groups, lr=a.lr) if a.optimizer == "muon" else torch.optim.AdamW(groups, lr=a.lr)
 
 
@@ -403,7 +397,7 @@ def train(a, device, rank, ranks, told=()):
 
     # Resume. Rank 0 reads the checkpoint for all.
     step, train_s, gpu_h, history = 0, 0.0, 0.0, []
-    losses = torch.full((1000,), torch.nan, device=device)  # of the last 1,000 steps
+    losses = deque(maxlen=1000)  # of the last steps, tensors on the device: read at checkpoints only
     parts = dict(model=model, ema=trainer.ema, optimizer=optimizer)
     fixed = {k: v for k, v in vars(a).items() if k not in FREE}
     fixed |= {"data_sha256": packed.meta["data_sha256"], "E0s": sum(model.config["atom_energies"])}
@@ -414,7 +408,7 @@ def train(a, device, rank, ranks, told=()):
     if state := box[0]:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        losses.copy_(state["losses"])
+        losses.extend(state["losses"].to(device))
         step, train_s, gpu_h, history = (state[k] for k in ("step", "train_s", "gpu_h", "history"))
     out.mkdir(parents=True, exist_ok=True)
 
@@ -434,27 +428,26 @@ def train(a, device, rank, ranks, told=()):
         train_s, gpu_h = train_s + now - start, gpu_h + (now - start) * ranks / 3600 * (device.type == "cuda")
         start = now
 
-    def last_losses(end):
-        """Of up to 1,000 steps before `end`. Raises ValueError if they are in trouble."""
-        first, last = max(end - len(losses), 0), losses.tolist()
-        last = [last[s % len(losses)] for s in range(first, end)]
+    def last_losses(*current):
+        """Of up to 1,000 steps before `step`, and perhaps the current one. Raises ValueError if they are in trouble."""
+        last = torch.stack([*losses, *current]).tolist()
         if found := trouble(last):
-            s = first + found[0]
+            s = step + len(current) - len(last) + found[0]
             ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
             where = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
             raise ValueError(f"the loss {found[1]} at step {s} ({last[found[0]]}); {where}; frames: {ids}")
         return last
 
-    def save(loss=None):
-        """Write a checkpoint. In a step: when the loss of the weights is known, before they are updated."""
+    def save(*current):
+        """Write a checkpoint; within a step when the loss of the weights is known, before they are updated."""
         nonlocal saved, saved_at
-        if loss is not None:
-            losses[step % len(losses)] = loss
-        last, saved_at = last_losses(step + (loss is not None)), time.monotonic()
-        if len(last) >= 200 and last[-1] > 10 * median(last):
+        last, saved_at = last_losses(*current), time.monotonic()
+        if current and len(last) >= 200 and last[-1] > 10 * median(last):
             return  # suspect: keep the checkpoint before
         stop_clock()
-        numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=losses)
+        numbers = dict(
+            step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=torch.tensor(last[: len(losses)])
+        )
         states = {name: part.state_dict() for name, part in parts.items()}
         with open(f"{state_file}.tmp", "wb") as f:  # state.pt is whole or not there, even if the machine goes down
             torch.save(dict(fixed=fixed, sources_sha256=sources_sha256, **numbers, **states), f)
@@ -471,7 +464,7 @@ def train(a, device, rank, ranks, told=()):
         if history:
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
             memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-            loss = fmean(last_losses(step)[history[-1][0] - step :])
+            loss = fmean(last_losses()[history[-1][0] - step :])
             text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_h:.4f} rate={rate:.1f} structures/s"
             text += f" memory={memory:.2f} GiB"
             if rank == 0:
@@ -532,7 +525,7 @@ def train(a, device, rank, ranks, told=()):
         if leaving:
             log(f"interrupted; the same command goes on from step {saved} of {total}")
             raise KeyboardInterrupt
-        losses[step % len(losses)] = loss
+        losses.append(loss)
         step += 1
         bar.update()
         if step % eval_every == 0 or step == total:
