@@ -308,7 +308,7 @@ class PackedSet:
         return np.flatnonzero(self.split == split)
 
     def pieces(self, indices, max_edges):
-        """Micro-batches of `indices`, within a budget of edges, and as many atoms for structures with few edges."""
+        """Micro-batches of `indices`, of `max_edges` edges at most, and as many atoms for structures with few edges."""
         return micro_batches(indices, self.n_atoms, self.n_edges, max_edges, max_edges)
 
     def name(self, index):
@@ -317,8 +317,7 @@ class PackedSet:
     def batch(self, indices):
         """The frames `indices` (S,) as a Batch on the device."""
         n_atoms = self.n_atoms[indices]
-        first = np.cumsum(n_atoms) - n_atoms
-        atoms = np.repeat(self.offsets[indices] - first, n_atoms) + np.arange(n_atoms.sum())
+        atoms = np.repeat(self.offsets[indices] - np.cumsum(n_atoms) + n_atoms, n_atoms) + np.arange(n_atoms.sum())
         get = lambda k: self.arrays[k][torch.from_numpy(atoms if k in PER_ATOM else indices)]
         system = [get(k) for k in ("numbers", "positions", "cell", "pbc")]
         labels = {k: get(k) for k in ("energy", "forces", "stress")}

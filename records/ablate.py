@@ -40,11 +40,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
 OPTIONS = "lr norm_lr decay weight_decay batch seed cutoff hidden lmax layers".split()  # of train.py
-KEYS = {
-    *OPTIONS,
-    *"steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber".split(),
-}
-KEYS |= {*"init float32 energy_first cutoff_first batch_first".split()}
+KEYS = (
+    "steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber init"
+)
+KEYS = {*OPTIONS, *f"{KEYS} float32 energy_first cutoff_first batch_first".split()}
 POLAR = """8.28721201814563 -23.595886519098837 17.300387312530933 4.107059111542203 -2.9478499167379106 0.5448431082926601
 3.9486908534822946 -2.908902115962949 0.5518191394370137 3.3184196573706015 -2.488488024314874 0.51004894012372
 2.300652019954817 -1.6689039845747493 0.4188073119525673"""
@@ -67,9 +66,8 @@ class Variant(muon.Muon):
     def __init__(self, params, ends, v, **options):
         mine = [p for p in params if p.ndim == 2 and not any(p is e for e in ends)]
         rest = [p for p in params if not any(p is m for m in mine)]
-        super().__init__(
-            [dict(params=mine), dict(params=rest, use_muon=False, lr_scale=v["norm_lr"], weight_decay=0.0)], **options
-        )
+        rest = dict(params=rest, use_muon=False, lr_scale=v["norm_lr"], weight_decay=0.0)
+        super().__init__([dict(params=mine), rest], **options)
         self.v, self.decay = v, self.param_groups[0]["weight_decay"]
         if v.get("cautious"):
             self.param_groups[0]["weight_decay"] = 0.0
@@ -260,9 +258,8 @@ def run(path, v):
 
 def fast_recipe():
     recipe = train.parse_args(["--recipe", "fast"])
-    return {k: getattr(recipe, k) for k in OPTIONS} | dict(
-        weights=[recipe.energy_weight, recipe.force_weight, recipe.stress_weight]
-    )
+    weights = [recipe.energy_weight, recipe.force_weight, recipe.stress_weight]
+    return {k: getattr(recipe, k) for k in OPTIONS} | dict(weights=weights)
 
 
 def table(files, average):
@@ -281,7 +278,7 @@ def table(files, average):
         raise ValueError("runs with different bases: a table for each")
     text = [
         json.dumps(bases[0]),
-        f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}  changed",
+        f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}",
     ]
     for changes, errors in results.items():
         mean, sigma = np.mean(errors, 0), np.std(errors, 0, ddof=1) if len(errors) > 1 else [np.nan] * 3
@@ -295,12 +292,8 @@ def main():
     p.add_argument("data", nargs="?")
     p.add_argument("out", nargs="?", type=Path)
     p.add_argument("--read", nargs="+", type=Path, help="train nothing: a table of what is there")
-    p.add_argument(
-        "--average",
-        default="0.9",
-        choices=["last", *map(str, AVERAGES)],
-        help="with --read: of which weights (default: 0.9)",
-    )
+    averages = ["last", *map(str, AVERAGES)]
+    p.add_argument("--average", default="0.9", choices=averages, help="with --read: of which weights (default: 0.9)")
     p.add_argument("--base", type=json.loads, default={}, help="of all runs, beside what --recipe fast has")
     p.add_argument("--budget", type=float, default=np.inf, help="s after which no run begins")
     a = p.parse_args()
