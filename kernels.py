@@ -25,7 +25,9 @@ Training on forces needs no double backward. With tangents (xd, Yd, hiddend) alo
 of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
 
 Kernels: `forward` (of values or tangents), `backward` (of values, or of both), `weight_grad`, of each degree l1 of x;
-`radial_mlp`, `norm_gate` and `geometry` do what stands between the convolutions; `find_pairs` makes the edges.
+`radial_mlp`, `norm_gate` and `geometry` do what stands between the convolutions; `find_pairs` makes the edges. At the end of
+the file the network of model.py is made of them (`atom_energies`, `energy_tangent`), and a training step is a CUDA graph
+(`Replay`).
 
 Modes. exact=False takes float16 for the operands of matrix products: its significand is TF32's. exact=True takes pairs of
 them, 22 bits, and three products: float32 accuracy. Gradients are brought to about 1 before, so that their size does not
