@@ -259,10 +259,10 @@ class Trainer:
 
 
 def default_data():
-    if (Path("data/mptrj") / "meta.json").exists():
-        return "data/mptrj"
-    if not (Path("data/sample") / "meta.json").exists():
-        data.fetch_sample("data/sample")
+    for folder in ("data/mptrj", "data/sample"):
+        if (Path(folder) / "meta.json").exists():
+            return folder
+    data.fetch_sample("data/sample")
     return "data/sample"
 
 
@@ -348,11 +348,9 @@ def run_header(a, packed, model, ranks):
 
 
 def draw_curve(path, history, baseline):
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     units = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A$^3$/atom)"
     for k, (axis, unit) in enumerate(zip(axes, units)):
@@ -391,14 +389,14 @@ def train(a, device, rank, ranks, told=()):
         statistics = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
         config = {**statistics, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
         model = Nequix(config, a.conv, tf32).to(device, dtype)
-    optimizer = make_optimizer(model, a)
-    trainer = Trainer(model, optimizer, (a.energy_weight, a.force_weight, a.stress_weight), a.grad_clip, a.ema)
+    weights = a.energy_weight, a.force_weight, a.stress_weight
+    trainer = Trainer(model, make_optimizer(model, a), weights, a.grad_clip, a.ema)
     max_edges = a.max_edges or edges_that_fit(model, device)
 
     # Resume. Rank 0 reads the checkpoint for all.
     step, train_s, gpu_h, history = 0, 0.0, 0.0, []
     losses = deque(maxlen=1000)  # of the last steps, tensors on the device: read at checkpoints only
-    parts = dict(model=model, ema=trainer.ema, optimizer=optimizer)
+    parts = dict(model=model, ema=trainer.ema, optimizer=trainer.optimizer)
     fixed = {k: v for k, v in vars(a).items() if k not in FREE}
     fixed |= {"data_sha256": packed.meta["data_sha256"], "E0s": sum(model.config["atom_energies"])}
     state_file, sources_sha256 = out / "state.pt", sources()[1]
@@ -459,14 +457,14 @@ def train(a, device, rank, ranks, told=()):
     def validate():
         half = max_edges // 2  # the CUDA graph of the step still holds its memory
         mae, baseline = evaluate(trainer.ema, packed, val_frames, half, rank, ranks)
-        text = f"step={step}/{total} energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A "
-        text += f"stress={mae[2]:.3f} meV/A^3/atom"
+        errors = f"energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
+        text = f"step={step}/{total} {errors}"
         if history:
             rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
-            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
             loss = fmean(last_losses()[history[-1][0] - step :])
-            text += f" loss={loss:.3f} train_s={train_s:.1f} gpu_h={gpu_h:.4f} rate={rate:.1f} structures/s"
-            text += f" memory={memory:.2f} GiB"
+            text += f" loss={loss:.3f} train_s={train_s:.1f} rate={rate:.1f} structures/s"
+            if device.type == "cuda":
+                text += f" gpu_h={gpu_h:.4f} memory={torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
             if rank == 0:
                 nequix.save(out / "model.pt", trainer.ema)
         else:
