@@ -118,10 +118,8 @@ def time_steps(step, steps, profile, device):
     return row | (profiled(step, device) if profile else {})
 
 
-def what_ran(model, conv):
-    """How `model` runs. Raises ValueError where another convolution than `conv` would stand in for it."""
-    if conv not in ("auto", model.chosen_conv()):
-        raise ValueError(f"the {conv} convolution does not run here in {model.precision}: {model.chosen_conv()} would")
+def what_ran(model):
+    """How `model` runs. Raises ValueError if its convolution does not work here."""
     return dict(what="this repository", precision=model.precision, convolution=model.chosen_conv())
 
 
@@ -146,7 +144,7 @@ def time_dynamics(model, device, weights, precision, symbol, atoms, steps, profi
     structure = crystal(symbol, atoms)
     if model in OURS:
         structure.calc = NequixCalculator(weights, device, precision, model)
-        ran = what_ran(structure.calc.model, model)
+        ran = what_ran(structure.calc.model)
     elif precision == "float32":
         structure.calc, what = peer("infer", model)(device.type, weights)
         ran = dict(what=what, precision=precision)
@@ -187,7 +185,7 @@ def time_training(model, device, path, precision, batch, steps, profile):
     torch.manual_seed(0)
     network = Nequix(packed.meta["statistics"], model, tf32=precision == "tf32")
     network = network.to(device, torch.float64 if precision == "float64" else torch.float32)
-    ran = what_ran(network, model)
+    ran = what_ran(network)
     trainer = Trainer(network, Muon(network.parameters(), lr=0.01), (20, 20, 5))
     frames = packed.indices(TRAIN)
     batches = [step_indices(frames, batch, 0, step) for step in range(WARM_UP + steps)]
@@ -251,6 +249,7 @@ def measure_apart(job, log, limit):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return dict(error=f"not done in {limit:g} s")
+    log.write(done.stdout)
     rows = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(rows[-1]) if rows else dict(error=f"ended with status {done.returncode}, see {log.name}")
 
@@ -366,14 +365,15 @@ def plot(a, device=None):
             rows += [row for row in csv.DictReader(f) if row.get("ms") and row.get("symbol")]
     if not rows:
         raise ValueError("no steps of molecular dynamics in these files: plot takes infer.csv, the results of infer")
-    symbols, models = sorted({row["symbol"] for row in rows}), dict.fromkeys(row["model"] for row in rows)
+    name = lambda row: ", ".join([row["model"], *{row.get("precision") or "float32"} - {"float32"}])
+    symbols, models = sorted({row["symbol"] for row in rows}), dict.fromkeys(map(name, rows))
     size = 5 * len(symbols), 4
     figure, axes = plt.subplots(1, len(symbols), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for axis, symbol in zip(axes[0], symbols):
         for model in models:
             times = {}  # atoms -> ms of every timing
             for row in rows:
-                if (row["model"], row["symbol"]) == (model, symbol):
+                if (name(row), row["symbol"]) == (model, symbol):
                     times.setdefault(int(row["atoms"]), []).append(float(row["ms"]))
             atoms = sorted(times)
             axis.loglog(atoms, [86_400_000 / np.median(times[n]) for n in atoms], "o-", ms=4, label=model)
@@ -391,7 +391,7 @@ def plot(a, device=None):
 def relax(a, device):
     """Structures/s of calc.relax on the first --n structures of a file, and of ASE's FIRE on some, evenly spread."""
     calc = NequixCalculator(a.weights, a.device, a.precision, a.conv)
-    ran = what_ran(calc.model, a.conv)
+    ran = what_ran(calc.model)
     print(f"{header(device)}, {a.weights}, {ran['precision']}, convolution {ran['convolution']}")
     structures = [atoms for _, atoms in itertools.islice(read([a.file]), a.n)]
     if not structures:
@@ -444,7 +444,7 @@ def nve(a, device):
         atoms.calc = NequixCalculator(a.weights, a.device, precision, a.conv)
         print(f"Si, {len(atoms)} atoms, 300 K, {a.ps} ps, steps of 1 fs, {precision}", end=", ", flush=True)
         try:
-            ran = what_ran(atoms.calc.model, a.conv)
+            ran = what_ran(atoms.calc.model)
         except ValueError as e:
             print(f"left out: {e}")
             continue
@@ -510,7 +510,7 @@ def main():
     a = p.parse_args()
     try:
         a.run(a, torch.device(getattr(a, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")))
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("stopped")

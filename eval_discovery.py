@@ -61,9 +61,9 @@ def save(path, content):
     os.replace(temporary, path)
 
 
-def keep_settings(out, now, results):
-    """Write out/settings.json. Raises ValueError if the folder out/`results` holds anything made with other settings."""
-    path, there = out / "settings.json", any(file.stat().st_size for file in (out / results).glob("*"))
+def keep_settings(out, now):
+    """Write out/settings.json. Raises ValueError if `out` holds parts or forces made with other settings."""
+    path, there = out / "settings.json", any(f.stat().st_size for f in [*out.glob("parts/*"), *out.glob("forces/*")])
     found = json.loads(path.read_text()) if path.exists() else {}
     if there and (differ := [f"{k} {found.get(k)}, not {v}" for k, v in now.items() if found.get(k) != v]):
         raise ValueError(f"{out} holds a run with {'; '.join(differ)}: choose another --out")
@@ -77,7 +77,8 @@ def read_table(path, *required):
     try:
         table = pd.read_csv(path, index_col="material_id", dtype=str)
         table = table.astype({k: float for k in table if k.startswith(("e_form_per_atom", E_DFT, HULL))})
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+        table.index[0]  # IndexError if it has no rows
+    except (ValueError, IndexError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{path} is damaged, or no table of materials ({e})".replace("\n", " ")) from None
     if missing := [column for column in required if column not in table]:
         raise ValueError(f"{path} has no column {', '.join(missing)}, but {', '.join(table)}")
@@ -155,7 +156,7 @@ def relax(a, materials, calc, rank, ranks):
                 tqdm.write(f"{atoms.info['material_id']}: {error}; a rerun tries it again", sys.stderr)
                 continue
             atoms.info |= dict(error=error.replace('"', "'")) if error else dict(energy=energy)
-            atoms.info |= dict(steps=steps, converged=converged)
+            atoms.info |= dict(steps=steps, converged=converged, conv=calc.model.chosen_conv())
             f.write(to_frame(atoms))
             f.flush()
 
@@ -348,8 +349,8 @@ def run(a, rank, ranks, index):
         calc = NequixCalculator(a.weights, a.device, a.precision, a.conv)
         if rank == 0:
             settings = dict(weights=calc.fingerprint(), fmax=a.fmax, steps=a.steps, precision=calc.model.precision)
-            settings |= dict(conv=calc.model.chosen_conv(), structures=data.digest(a.structures, "md5")[:12])
-            keep_settings(a.out, settings, "parts")
+            settings |= dict(structures=data.digest(a.structures, "md5")[:12])
+            keep_settings(a.out, settings)
             truth = dict(read_structures(a.relaxed, materials)) if a.relaxed else {}  # now, should it be damaged
             if a.relaxed and not truth:
                 raise ValueError(f"the ids do not match: {a.relaxed} has none like {materials[0]}")

@@ -110,7 +110,7 @@ def find_mdr(files):
                 raise ValueError(f"{path} is neither a phonopy .yaml (.bz2, .gz, .xz) nor a .json (.gz)")
             try:
                 entries = [{}] if yaml.search(path.name) else load_json(path)
-                new = [(e["mp_id"] if e else yaml.sub("", path.name), (path, e)) for e in entries]
+                new = [(yaml.sub("", path.name) if yaml.search(path.name) else e["mp_id"], (path, e)) for e in entries]
             except (KeyError, TypeError) as e:
                 raise ValueError(f"{path} is no list of structures with an mp_id ({type(e).__name__} {e})") from None
             for k, where in new:
@@ -242,9 +242,9 @@ def forces_stage(a, materials, settings, calc, mapped):
     """
     files = {k: a.out / f"forces/{k}.npz" for k in materials}
     waiting = deque((k, None, 0) for k, file in files.items() if not file.exists())  # id, atoms, steps so far
-    n, start = len(waiting), time.perf_counter()
+    n, start, conv = len(waiting), time.perf_counter(), calc.model.chosen_conv()
     about = ", ".join(f"{k} {v}{dict(fmax=' eV/A', displacement=' A').get(k, '')}" for k, v in settings.items())
-    print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}; {about}")
+    print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}, conv {conv}; {about}")
     how = dict(symprec=REFINE, cell_mask=[1, 1, 1, 0, 0, 0] if a.task == "kappa" else None)
     bar = tqdm(desc="forces", total=len(files), initial=len(files) - n, unit="material", disable=None)
 
@@ -282,7 +282,7 @@ def forces_stage(a, materials, settings, calc, mapped):
                 if not next(calc.relax([atoms], KEEP, 0, **how))[3]:
                     error = f"not relaxed to {KEEP} eV/A in {steps} steps"
             known = dict(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array)
-            known |= dict(steps=steps, converged=converged)
+            known |= dict(steps=steps, converged=converged, conv=conv)
             finish(k, error) if error else relaxed.append((k, m, atoms, known))
         arrays, missing = {}, {}
         for _, atoms, *_, error in calc.relax(displace(relaxed, arrays, missing), fmax=0, steps=0):
@@ -504,8 +504,8 @@ def check_out(a, sources, calc):
     now = (load_json(path) if path.exists() else {}) | dict(task=a.task) | a.versions
     if calc:
         now |= dict(weights=calc.fingerprint(), fmax=a.fmax, steps=a.steps, displacement=a.displacement)
-        now |= dict(precision=calc.model.precision, conv=calc.model.chosen_conv())
-    keep_settings(a.out, now, "forces")
+        now |= dict(precision=calc.model.precision)
+    keep_settings(a.out, now)
     path, digests = a.out / "sources.json", {file: data.digest(file, "md5") for file in set(sources.values())}
     known, given = load_json(path) if path.exists() else {}, {k: digests[file] for k, file in sources.items()}
     if other := [k for k in given if known.get(k) != given[k] and (a.out / f"forces/{k}.npz").exists()]:
@@ -576,7 +576,7 @@ def run(a):
     chosen = set(np.random.RandomState(0).permutation(len(materials))[: a.n].tolist())
     materials = {k: job for i, (k, job) in enumerate(materials.items()) if i in chosen}
     calc = None if a.stage == "transport" else NequixCalculator(a.weights, a.device, a.precision, a.conv)
-    settings, workers = check_out(a, {k: sources[k] for k in materials}, calc), min(a.workers, len(materials))
+    settings, workers = check_out(a, {k: sources[k] for k in materials}, calc), max(1, min(a.workers, len(materials)))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))  # of processes to come
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
     mapped = pool.map if workers > 1 else map  # the pool starts no process before it gets work

@@ -443,10 +443,8 @@ def train(a, device, rank, ranks, told=()):
         if current and len(last) >= 200 and last[-1] > 10 * median(last):
             return  # suspect: keep the checkpoint before
         stop_clock()
-        numbers = dict(
-            step=step, train_s=train_s, gpu_h=gpu_h, history=history, losses=torch.tensor(last[: len(losses)])
-        )
-        states = {name: part.state_dict() for name, part in parts.items()}
+        numbers = dict(step=step, train_s=train_s, gpu_h=gpu_h, history=history)
+        states = dict(losses=torch.tensor(last[: len(losses)]), **{k: part.state_dict() for k, part in parts.items()})
         with open(f"{state_file}.tmp", "wb") as f:  # state.pt is whole or not there, even if the machine goes down
             torch.save(dict(fixed=fixed, sources_sha256=sources_sha256, **numbers, **states), f)
             f.flush()

@@ -276,10 +276,8 @@ def table(files, average):
                 results.setdefault(json.dumps(changes), []).append(line[average])
     if any(b != bases[0] for b in bases):
         raise ValueError("runs with different bases: a table for each")
-    text = [
-        json.dumps(bases[0]),
-        f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}",
-    ]
+    head = f"{'runs':>4}{'energy, meV/atom':>20}{'forces, meV/A':>20}{'stress, meV/A^3/atom':>24}  changed"
+    text = [json.dumps(bases[0]), head]
     for changes, errors in results.items():
         mean, sigma = np.mean(errors, 0), np.std(errors, 0, ddof=1) if len(errors) > 1 else [np.nan] * 3
         e, f, s = (f"{m:.{k}f} ({d:.{k}f})" for m, d, k in zip(mean, sigma, (1, 1, 3)))
