@@ -40,10 +40,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
 OPTIONS = "lr norm_lr decay weight_decay batch seed cutoff hidden lmax layers".split()  # of train.py
-KEYS = (
-    "steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber init"
-)
-KEYS = {*OPTIONS, *f"{KEYS} float32 energy_first cutoff_first batch_first".split()}
+KEYS = "steps seconds weights momentum orthogonal_steps polar momentum_warmup normuon cautious soap adam_ends huber"
+KEYS = {*OPTIONS, *f"{KEYS} init float32 energy_first cutoff_first batch_first".split()}
 POLAR = """8.28721201814563 -23.595886519098837 17.300387312530933 4.107059111542203 -2.9478499167379106 0.5448431082926601
 3.9486908534822946 -2.908902115962949 0.5518191394370137 3.3184196573706015 -2.488488024314874 0.51004894012372
 2.300652019954817 -1.6689039845747493 0.4188073119525673"""
