@@ -330,9 +330,9 @@ def check(atoms, model):
     unknown = set(atoms.numbers.tolist()) - set(model.config["atomic_numbers"])
     if unknown:
         raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
-    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files
+    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files: {site: {element: share}}
     for site, shares in occupancy.items() if isinstance(occupancy, dict) else ():
-        if min(shares.values()) < 1:
+        if isinstance(shares, dict) and min(shares.values(), default=1) < 1:
             raise ValueError(f"site {site} is partly occupied ({', '.join(f'{k} {v:g}' for k, v in shares.items())})")
 
 
@@ -420,14 +420,14 @@ class NequixCalculator(Calculator):
                 raise ValueError(f"two atoms {nearest.item():.2f} A apart")
             if self.step_graph and not (same and self.step_graph.fill(batch)):
                 self.step_graph = None
-            self.listed = SkinList(batch, numbers, pbc, positions, given, cell, torch.linalg.inv(cell))
+            self.listed = SkinList(batch, *(t.clone() for t in (numbers, pbc, positions, given)), cell, inverse(cell))
         return torch.cat([positions, cell[0]])
 
     @torch.inference_mode(False)
     def hessian(self, atoms):
         """d^2E / dr dr, (3n, 3n) eV/A^2, rows and columns atom by atom, x, y, z. Differentiates twice, by plain torch on any device:
         the fused kernels have no second derivative. Raises ValueError."""
-        model, b = copy.copy(self.model), self.moved(self.locate(atoms.copy()))
+        model, b = copy.copy(self.model), self.moved(self.locate(atoms))
         model.conv = "torch"
 
         def energy(positions):

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def split_extxyz(name, opener):
                 k += 1
         if k == 0:
             raise ValueError("no frame in it")
-    except Exception as e:  # not UTF-8, or a damaged zip, which raises many kinds
+    except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:  # not UTF-8, a damaged zip
         yield f"{name}#{k}", ValueError(str(e))
 
 
@@ -237,12 +238,13 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     counts["frames without stress"] = int(np.isnan(a["stress"]).any((1, 2)).sum())
     hashes = {name: digest(f, "sha256") for name, f in zip(names_of(files), files)}
     write_set(out, a, dict(source=source, sha256=hashes, cutoff=CUTOFF, counts=counts))
+    return n_read
 
 
 def write_set(out, arrays, meta):
     """Write the folder under another name, add statistics, then rename: it is there as a whole or not at all."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(out).parent) as tmp:
+    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=f"{Path(out).name}.tmp") as tmp:
         folder, data_hash = Path(tmp) / "set", hashlib.sha256()
         folder.mkdir()
         for k in ARRAYS:
@@ -407,7 +409,7 @@ def prefetch(packed, pieces):
     if packed.device.type != "cuda":
         yield from map(packed.batch, pieces)
         return
-    pieces, side = iter(pieces), torch.cuda.Stream(packed.device, priority=-1)
+    pieces, side, pool = iter(pieces), torch.cuda.Stream(packed.device, priority=-1), ThreadPoolExecutor(1)
 
     def build():
         with torch.cuda.stream(side):
@@ -415,7 +417,6 @@ def prefetch(packed, pieces):
             side.synchronize()
         return batch
 
-    pool = ThreadPoolExecutor(1)
     ready = deque([pool.submit(build), pool.submit(build)])
     try:
         while batch := ready.popleft().result():
@@ -591,9 +592,9 @@ def ragged(values, counts):
 # Data sets
 
 SAMPLE = "mattersim-1.2.3.tar.gz", "04bc55dd97bc1170c744ae93d30d773f3d8c07d35ad3efbeb817314ec0ecb16b"
-MPTRJ = {  # name: number at figshare, md5 where it is known
-    "2023-11-22-mp-trj-extxyz-by-yuan.zip": (43302033, None),  # 1,580,312 frames, what Nequix was trained on
-    "2024-09-03-mp-trj.extxyz.zip": (49034296, "7f433171e4e5f2ef9304dccd42d5488f"),  # 1,580,395 frames
+MPTRJ = {  # name: number at figshare, frames (equal ones are dropped), md5 where it is known
+    "2023-11-22-mp-trj-extxyz-by-yuan.zip": (43302033, 1_580_312, None),  # what Nequix was trained on
+    "2024-09-03-mp-trj.extxyz.zip": (49034296, 1_580_395, "7f433171e4e5f2ef9304dccd42d5488f"),
 }
 
 
@@ -668,12 +669,14 @@ def fetch_figshare(number, path, md5):
 def fetch_mptrj(path, out, split, workers=None):
     """Pack MPtrj from one of its two zips; the one that Nequix used is downloaded if none is given."""
     name = Path(path).name if path else next(iter(MPTRJ))
-    number, md5 = MPTRJ.get(name, (None, None))
-    if path is None or Path(path).exists():
+    number, frames, md5 = MPTRJ.get(name, (None, None, None))
+    if path is None or Path(path).stat():  # raises OSError if there is no such file
         path = fetch_figshare(number, path or Path(out).parent / name, md5)
     if not zipfile.is_zipfile(path):  # the checksum of each member is checked when it is read
         raise ValueError(f"{path} is not a whole zip (an interrupted download?): delete it and try again")
-    pack([path], out, f"MPtrj (CC-BY-4.0), {name}", split, bad="skip", workers=workers)
+    n = pack([path], out, f"MPtrj (CC-BY-4.0), {name}", split, bad="skip", workers=workers)
+    if frames and n != frames:
+        print(f"warning: {n} frames, but {name} holds {frames}: is it damaged? The split is not the official one")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

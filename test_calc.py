@@ -158,6 +158,9 @@ def test_list_keeps_nothing_that_the_caller_may_change(calc):
     atoms.positions[0] += 3.0
     atoms.cell[0] *= 1.3
     assert calc.get_potential_energy(atoms) == pytest.approx(fresh(calc, atoms)[0][0], abs=1e-10)
+    calc.atoms.positions[0] -= 1.5
+    calc.calculate()
+    assert calc.results["energy"] == pytest.approx(fresh(calc, calc.atoms)[0][0], abs=1e-10)
 
 
 def test_edges_within_the_cutoff_are_those_of_a_list_made_anew():
@@ -378,7 +381,7 @@ BAD = {
 def test_bad_atoms_are_refused(calc, name):
     atoms, words = BAD[name]
     calc.get_potential_energy(bulk("Si"))
-    calls = [calc.get_potential_energy, calc.hessian, lambda a: calc.predict([bulk("Si"), a]), calc.calculate]
+    calls = [calc.calculate, calc.get_potential_energy, calc.hessian, lambda a: calc.predict([bulk("Si"), a])]
     for ask in [*calls, calc.get_potential_energy]:  # again: there are no results of the atoms before
         with pytest.raises(ValueError, match=words):
             ask(atoms)

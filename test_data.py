@@ -300,6 +300,8 @@ def test_bad_files_give_one_line(tmp_path):
     assert "not a whole zip" in said
     with pytest.raises(FileNotFoundError, match="no packed set"):
         data.PackedSet(tmp_path / "nothing")
+    with pytest.raises(IsADirectoryError):  # what the disk says is not skipped: the rest of the file would be lost
+        list(data.split_extxyz("a.xyz", lambda: open(tmp_path)))
 
 
 def test_damaged_set_is_told(packed, tmp_path):

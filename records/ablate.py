@@ -37,6 +37,7 @@ from data import PackedSet, prefetch, step_indices
 from model import Nequix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+sync = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
 MOST_EDGES = 1_000_000 if DEVICE.type == "cuda" else 20_000
 AVERAGES = 0.9, 0.97, 0.99, 0.999
 OPTIONS = "lr norm_lr decay weight_decay batch seed cutoff hidden lmax layers".split()  # of train.py
@@ -169,11 +170,6 @@ class Stage:
         for n in (self.packed.n_atoms, self.packed.n_edges):
             with torch.no_grad():
                 self.accumulate(self.packed.batch(max(some, key=lambda p: n[p].sum())), np.ones(3))
-
-
-def sync():
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def run(path, v):

@@ -36,9 +36,8 @@ def run(out, kind, rate, options):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("out", type=Path)
     p.add_argument("--at-once", type=int, default=4, help="runs that share the GPU (default: 4)")
     a, options = p.parse_known_args()

@@ -65,9 +65,8 @@ def table(title, rows, seeds, targets=None):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("out", type=Path)
     p.add_argument("--seeds", type=int, default=5, help="default: 5")
     p.add_argument("--at-once", type=int, default=1, help="runs that share the GPU (default: 1)")

@@ -50,7 +50,7 @@ def main():
         sys.exit(f"error: no validation frame of {a.data} is a crystal of elements that both models know")
     n = np.array([len(f) for f in frames])
     print(
-        f"{a.weights} against {a.reference}: {len(frames)} validation frames of {a.data}, {n.mean():.1f} atoms on average"
+        f"{a.weights} against {a.reference}: {len(frames)} validation frames of {a.data}, {n.mean():.1f} atoms a frame"
     )
     print(f"{'noise':>8}{'strain':>8}{'energy change':>22}{'forces':>20}{'correlation':>13}{'stress':>20}")
     print(f"{'A':>8}{'':8}{'meV/atom':>22}{'meV/A':>20}{'of forces':>13}{'meV/A^3':>20}")
