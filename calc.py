@@ -33,10 +33,9 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import GPa
 
 import data
-from model import energy_forces_stress, load
+from model import CONV_HELP, PRECISIONS, energy_forces_stress, load
 
 SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until another pair may have come within the cutoff
-CLOSEST = 0.1  # A: atoms closer than this are a mistake in the input. data.py refuses the same.
 GRAPH_EDGES = 500_000  # a structure with more gets no CUDA graph, which would hold on to its memory
 COLLAPSED = 0.5  # A^3 an atom: a relaxation that comes below it has failed, and its edges would fill the memory
 NOT_FINITE = "the energy is not finite: two atoms at one place?"
@@ -258,7 +257,7 @@ def until_some_finish(model, s, fmax, steps, mask, symmetry):
         if not still:
             arrays = (s[k] for k in ("numbers", "positions", "cell", "pbc", "n_atoms"))
             listed, s["nearest"] = list_with_skin(*arrays, cutoff)
-            too_close = (s["nearest"] < CLOSEST) & (s["step"] == 0)
+            too_close = (s["nearest"] < data.CLOSEST) & (s["step"] == 0)
             inverse_cell = inverse(s["cell"])
         batch = at(listed, s["positions"], s["cell"], cutoff)
         s["energy"], s["forces"], s["stress"] = energy, forces, stress = energy_forces_stress(model, batch)
@@ -312,7 +311,7 @@ def end(r):
             atoms.cell, stress = r["cell"].numpy(), full_3x3_to_voigt_6_stress(r["stress"].numpy())
         if r["failed"]:
             error = "the energy is not finite, or the cell collapsed"
-            if steps == 0 and r["nearest"] < CLOSEST:
+            if steps == 0 and r["nearest"] < data.CLOSEST:
                 error = f"two atoms {r['nearest']:.2f} A apart"
     if error:
         return r["index"], atoms, math.nan, False, steps, error
@@ -416,7 +415,7 @@ class NequixCalculator(Calculator):
             check(atoms, self.model)
             n = torch.tensor([len(atoms)])
             batch, nearest = list_with_skin(numbers, positions, cell, pbc, n, cutoff, self.device)
-            if nearest.item() < CLOSEST:
+            if nearest.item() < data.CLOSEST:
                 raise ValueError(f"two atoms {nearest.item():.2f} A apart")
             if self.step_graph and not (same and self.step_graph.fill(batch)):
                 self.step_graph = None
@@ -559,9 +558,9 @@ def main(argv=None):
     p.add_argument("--symprec", type=float, help="with --relax: keep the symmetry found at this precision, A")
     p.add_argument("--out", help="write the structures with their results, in the format of its suffix (.extxyz, ...)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--precision", choices=["float32", "tf32", "float64"], default="float32", help="of the network")
+    p.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of the network's arithmetic")
     p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
+    p.add_argument("--conv", choices=["auto", "fused", "oeq", "torch"], default="auto", help=CONV_HELP)
     a, out, failed = p.parse_args(argv), {}, 0
     try:
         frames = list(read(a.files))

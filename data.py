@@ -38,7 +38,7 @@ from tqdm import tqdm
 ARRAYS = "positions numbers forces cell pbc energy stress offsets ids split n_edges".split()
 PER_ATOM = "positions", "numbers", "forces"
 TRAIN, VAL, TEST, EXCLUDED = range(4)
-CUTOFF = 6.0  # A, for the stored n_edges
+CUTOFF, CLOSEST = 6.0, 0.1  # A: of n_edges as stored; two atoms closer than this are a mistake
 open_zip = functools.lru_cache(1)(zipfile.ZipFile)  # the table of contents can be long: a worker reads it once
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def pack_job(job, limits):
         of, nearest = b.structure[b.receivers], torch.full((len(part),), torch.inf, dtype=torch.float64)
         nearest = nearest.scatter_reduce(0, of, b.vectors.norm(dim=1), "amin").tolist()
         for i, n, r in zip(part, torch.bincount(of, minlength=len(part)).tolist(), nearest):
-            if r < 0.1:
+            if r < CLOSEST:
                 problems.append((frames[i]["names"][0].decode(), f"two atoms {r:.3f} A apart"))
             else:
                 good.append(frames[i] | dict(n_edges=np.array([n], np.int32)))
