@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -52,9 +53,9 @@ def names_of(files):
 
 
 def read_frames(files):
-    """Yield (name, content, share of the bytes read before) for the frames in files and in zips of files, by name. content:
-    the text of an extxyz frame; a ValueError where an extxyz file breaks off; for a file of another format, which holds any
-    number of frames, (path, its name in the zip or None). Raises OSError."""
+    """Yield (name, content, its bytes, share of the bytes read before) for the frames in files and in zips of files, by name.
+    content: the text of an extxyz frame; a ValueError where an extxyz file breaks off; for a file of another format, which
+    holds any number of frames, (path, its name in the zip or None). Raises OSError."""
     members = []  # (name, path, name in the zip or None, how to open it, bytes)
     for path, name in zip(map(Path, files), names_of(files)):
         if zipfile.is_zipfile(path):
@@ -67,13 +68,13 @@ def read_frames(files):
             members.append((name, path, None, functools.partial(open, path, "rb"), path.stat().st_size))
     done, total = 0, max(sum(size for *_, size in members), 1)
     for name, path, member, opener, size in members:
-        frames = split_extxyz(name, opener) if name.endswith(("xyz", "XYZ")) else [(name, (path, member))]
+        frames = split_extxyz(name, opener) if name.endswith(("xyz", "XYZ")) else [(name, (path, member), size)]
         yield from ((*frame, done / total) for frame in frames)
         done += size
 
 
 def split_extxyz(name, opener):
-    """Yield (name#k, text) for each frame k of an extxyz file; (name#k, ValueError) where it breaks off."""
+    """Yield (name#k, text, its length) for each frame k of an extxyz file; (name#k, ValueError, 0) where it breaks off."""
     k = 0
     try:
         with opener() as f:
@@ -84,19 +85,20 @@ def split_extxyz(name, opener):
                 rest = list(itertools.islice(lines, int(first) + 1))
                 if len(rest) <= int(first):
                     raise ValueError("the file ends in the middle of it")
-                yield f"{name}#{k}", first + "".join(rest)
+                text = first + "".join(rest)
+                yield f"{name}#{k}", text, len(text)
                 k += 1
         if k == 0:
             raise ValueError("no frame in it")
     except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:  # not UTF-8, a damaged zip
-        yield f"{name}#{k}", ValueError(str(e))
+        yield f"{name}#{k}", ValueError(str(e)), 0
 
 
 def parse(job):
     """Yield (name, ASE Atoms or ValueError) for each frame of a job, a list of what `read_frames` yields."""
     import ase.io
 
-    for name, content, _ in job:
+    for name, content, *_ in job:
         try:
             if isinstance(content, ValueError):
                 yield name, content
@@ -196,28 +198,47 @@ def pack_job(job, limits):
     return [join(good)] if good else [], problems, len(good) + len(problems)
 
 
-def pack(files, out, source, split, bad="fail", limits=(), workers=None):
-    """Parse files in parallel, check each frame, drop those that occurred before, write a packed set. bad: "skip" frames
-    with problems, or "fail" after naming them. limits: of `frame_arrays`. split(arrays, n) -> (S,): TRAIN, VAL, .. of the
-    frames, which are arrays["order"] of the n read. Raises ValueError or OSError with a one-line reason."""
-    parts, problems, n_read, futures, frames = [], [], 0, deque(), read_frames(files)
-    workers, bar = workers or os.cpu_count(), tqdm(desc=f"packing {out}", unit="frame", disable=None)
+def next_job(frames):
+    """Up to 64 of the frames, or 4 MB and one."""
+    job, size = [], 0
+    for frame in frames:
+        job.append(frame)
+        size += frame[2]
+        if len(job) == 64 or size > 4e6:
+            break
+    return job
+
+
+def over_frames(work, files, desc, workers=None):
+    """Yield work(job) for jobs as `parse` takes them, of all frames of the files, in order, done by processes. Its last item is the
+    number of frames, for a progress bar. What waits is bounded. Raises OSError, and ValueError if a process dies."""
+    futures, frames, workers = deque(), read_frames(files), workers or os.cpu_count()
+    bar = tqdm(desc=desc, unit="frame", disable=None)
     with bar, ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
-            while (job := list(itertools.islice(frames, 64))) or futures:
+            while (job := next_job(frames)) or futures:
                 if job:
-                    futures.append(pool.submit(pack_job, job, limits))
-                    bar.set_postfix_str(f"{job[-1][2]:.0%} of the files")
-                if len(futures) > 4 * workers or not job:  # bounds the memory
-                    arrays, wrong, n = futures.popleft().result()
-                    parts += [a | dict(order=a["order"] + n_read) for a in arrays]
-                    problems += wrong
-                    n_read += n
-                    bar.update(n)
+                    futures.append(pool.submit(work, job))
+                    bar.set_postfix_str(f"{job[-1][3]:.0%} of the files")
+                if len(futures) > 4 * workers or not job:
+                    done = futures.popleft().result()
+                    bar.update(done[-1])
+                    yield done
         except BrokenExecutor:
             raise ValueError("a worker process died (out of memory?): try --workers 1") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def pack(files, out, source, split, bad="fail", limits=(), workers=None):
+    """Parse files in parallel, check each frame, drop those that occurred before, write a packed set. bad: "skip" frames
+    with problems, or "fail" after naming them. limits: of `frame_arrays`. split(arrays, n) -> (S,): TRAIN, VAL, .. of the
+    frames, which are arrays["order"] of the n read. Raises ValueError or OSError with a one-line reason."""
+    parts, problems, n_read = [], [], 0
+    for arrays, wrong, n in over_frames(functools.partial(pack_job, limits=limits), files, f"packing {out}", workers):
+        parts += [a | dict(order=a["order"] + n_read) for a in arrays]
+        problems += wrong
+        n_read += n
     for name, reason in problems[:20]:
         print(f"{'skipped' if bad == 'skip' else 'bad'}: {name}: {reason}")
     if len(problems) > 20:
@@ -227,10 +248,11 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     if len(problems) == n_read:
         raise ValueError(f"no usable frame in {', '.join(map(str, files))}")
 
-    a = join(parts)
+    a = {k: np.concatenate([part.pop(k) for part in parts]) for k in list(parts[0])}  # and frees the parts
     keep = np.isin(np.arange(len(a["keys"])), np.unique(a["keys"], return_index=True)[1])  # the first of equal frames
     duplicates, atoms = len(keep) - keep.sum().item(), np.repeat(keep, a["sizes"])
-    a = {k: v[atoms if k in PER_ATOM else keep] for k, v in a.items()}
+    for k in a if duplicates else ():
+        a[k] = a[k][atoms if k in PER_ATOM else keep]
     a["offsets"] = np.cumsum(np.append(0, a["sizes"]))
     a["split"] = split(a, n_read).astype(np.uint8)
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
@@ -242,7 +264,8 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
 
 
 def write_set(out, arrays, meta):
-    """Write the folder under another name, add statistics, then rename: it is there as a whole or not at all."""
+    """Write the folder under another name, add statistics, then rename: it is there as a whole or not at all. The set is known by
+    meta["data_sha256"], if that is not given of its arrays."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=f"{Path(out).name}.tmp") as tmp:
         folder, data_hash = Path(tmp) / "set", hashlib.sha256()
@@ -250,15 +273,19 @@ def write_set(out, arrays, meta):
         for k in ARRAYS:
             np.save(folder / f"{k}.npy", arrays[k])
             data_hash.update(np.ascontiguousarray(arrays[k]))
-        meta["data_sha256"] = data_hash.hexdigest()
+        meta.setdefault("data_sha256", data_hash.hexdigest())
         (folder / "meta.json").write_text(json.dumps(meta))
-        meta["statistics"] = s = PackedSet(folder).statistics()
+        packed = PackedSet(folder, meta["cutoff"])
+        meta["statistics"] = s = packed.statistics()
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         folder.rename(out)
     print(f"{out}: {', '.join(f'{n} {k}' for k, n in meta['counts'].items())}")
-    print(f"{len(s['atomic_numbers'])} elements, {s['avg_n_neighbors']:.2f} neighbours within {CUTOFF} A, ", end="")
+    print(
+        f"{len(s['atomic_numbers'])} elements, {s['avg_n_neighbors']:.2f} neighbours within {meta['cutoff']} A, ",
+        end="",
+    )
     print(f"scale {s['scale']:.4f} eV/A, shift {s['shift']:.4f} eV")
-    fitted = arrays["numbers"][np.repeat(arrays["split"] == TRAIN, arrays["sizes"])]
+    fitted = packed.numbers[np.repeat(packed.split == TRAIN, packed.n_atoms)]
     if unknown := sorted(set(s["atomic_numbers"]) - set(fitted.tolist())):
         print(f"warning: elements without a training frame, whose E0 is set to 0 eV: atomic numbers {unknown}")
 
@@ -338,22 +365,28 @@ class PackedSet:
         """The E0s of all elements and three numbers, from the training split, by Nequix' definitions: avg_n_neighbors = mean
         over frames of edges/atoms; shift = mean over frames of (E - sum of E0)/atoms, eV; scale = RMS force component, eV/A.
         Raises ValueError if there is nothing to fit."""
-        train = self.indices(TRAIN)
-        train_e = train[self.has_energy[train]]
-        if len(train_e) == 0:
+        train, n_atoms = self.split == TRAIN, self.n_atoms
+        fitted, energy, forces = train & self.has_energy, self.arrays["energy"].numpy(), self.arrays["forces"].numpy()
+        if not fitted.any():
             raise ValueError("no training frame with an energy: pack more frames, or a smaller share for validation")
-        energy = self.arrays["energy"].numpy()
-        counts = composition(self.numbers, self.offsets)
-        x, y = counts[train_e].astype(float), energy[train_e]
-        e0, *_ = np.linalg.lstsq(x.T @ x, x.T @ y, rcond=None)  # least norm where compositions leave a choice
-        numbers = np.flatnonzero(counts[self.split != EXCLUDED].any(0))
-        shift = (energy[train_e] - counts[train_e] @ e0) / self.n_atoms[train_e]
-        atoms = np.repeat((self.split == TRAIN) & self.has_forces, self.n_atoms)
-        forces = self.arrays["forces"].numpy()[atoms]
-        scale = float(np.sqrt(np.mean(forces.astype(float) ** 2))) if len(forces) else 1.0
-        neighbors = max(float(np.mean(self.n_edges[train] / self.n_atoms[train])), 1e-3)
+        xx, xy, share, there, squares = 0, 0, 0, False, []
+        for lo in range(0, len(train), 50_000):  # bounds the memory
+            of, offsets = slice(lo, lo + 50_000), self.offsets[lo : lo + 50_001]
+            atoms = slice(offsets[0], offsets[-1])
+            counts = composition(self.numbers[atoms], offsets - offsets[0])
+            x, y = counts[fitted[of]].astype(float), energy[of][fitted[of]]
+            xx, xy, share = xx + x.T @ x, xy + x.T @ y, share + (x.T / n_atoms[of][fitted[of]]).sum(1)
+            there |= counts[self.split[of] != EXCLUDED].any(0)
+            labelled = np.repeat((train & self.has_forces)[of], n_atoms[of])
+            squares.append((forces[atoms][labelled].astype(float) ** 2).mean(1))
+        e0, *_ = np.linalg.lstsq(xx, xy, rcond=None)  # least norm where compositions leave a choice
+        shift = (energy / n_atoms)[fitted].mean() - share / fitted.sum() @ e0
+        squares = np.concatenate(squares)
+        scale = math.sqrt(squares.mean()) if len(squares) else 0.0
+        neighbors = max(float((self.n_edges / n_atoms)[train].mean()), 1e-3)
+        numbers = np.flatnonzero(there)
         s = dict(atomic_numbers=numbers.tolist(), atom_energies=e0[numbers].tolist(), avg_n_neighbors=neighbors)
-        return s | dict(shift=float(shift.mean()), scale=scale or 1.0)  # relaxed structures have no forces to scale by
+        return s | dict(shift=float(shift), scale=scale or 1.0)  # relaxed structures have no forces to scale by
 
 
 def composition(numbers, offsets):

@@ -93,7 +93,7 @@ def read_structures(path, wanted):
     path: an .extxyz, or a zip of them; the id of a frame is its material_id or, if it has none, the name of its file.
     """
     left = set(wanted)
-    for name, frame, _ in data.read_frames([path]):
+    for name, frame, *_ in data.read_frames([path]):
         if not isinstance(frame, str):
             reason = frame if isinstance(frame, ValueError) else "no extxyz, nor a whole zip (an interrupted download?)"
             raise ValueError(f"{name}: {reason}")
@@ -125,7 +125,7 @@ def to_frame(atoms):
 def read_parts(out):
     """Yield ({material_id, energy, steps, converged, error}, extxyz frame) of each material that is done, once."""
     seen = set()
-    for _, frame, _ in data.read_frames(sorted(out.glob("parts/*.extxyz"))):
+    for _, frame, *_ in data.read_frames(sorted(out.glob("parts/*.extxyz"))):
         if isinstance(frame, ValueError) or not frame.endswith("\n"):  # cut off when its process was killed
             continue
         record = {k: v.strip('"') for k, v in re.findall(r'(\w+)=("[^"]*"|\S+)', frame.split("\n", 2)[1])}
