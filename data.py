@@ -115,7 +115,9 @@ def parse(job):
 
 
 def check_geometry(atoms):
-    """Raises ValueError, with the reason, if there can be no neighbour list of an ASE Atoms."""
+    """Raises ValueError, with the reason, if there can be no neighbour list of an ASE Atoms, or `atoms` is a ValueError."""
+    if isinstance(atoms, ValueError):
+        raise atoms
     if len(atoms) == 0:
         raise ValueError("no atoms")
     unknown = atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > 118)]
@@ -178,8 +180,6 @@ def pack_job(job, limits):
     good, frames, problems = [], [], []
     for k, (name, atoms) in enumerate(parse(job)):
         try:
-            if isinstance(atoms, ValueError):
-                raise atoms
             frame = frame_arrays(atoms, name, limits)
             frames.append(frame | dict(order=np.array([k]), sizes=np.array([len(atoms)])))
         except ValueError as e:

@@ -2,23 +2,23 @@
 
     python distill.py                                            # 1.58 M frames, as many as MPtrj has, -> data/taught
     python distill.py STRUCTURES... --frames 500000 --out data/mine
-    python train.py --data data/taught --tf32
 
-STRUCTURES are files that ASE reads, zips of them, or packed sets (their training frames); by default the 256,963 initial
-structures of WBM, and `sample`. Their labels are not used. A file's share of the frames goes by the square root of the number
-of its structures. The set consists of chains of four frames of the same atoms. The first is a structure: in a quarter of the
-chains with elements exchanged for neighbours in their groups; repeated to a random size; strained, rattled, and at times
-compressed. For each of the other three, atoms take a step along their forces and the cell along its stress, as in a relaxation.
+STRUCTURES are files that ASE reads, zips of them, or packed sets (their training frames). Their labels are not used. All are
+used equally often: a file that is given twice counts twice. The set consists of chains of four frames of the same atoms. The
+first is a structure: in a quarter of the chains with elements exchanged for neighbours in their groups; repeated to a random
+size; strained, rattled, and at times compressed. For each of the other three, atoms take a step along their forces and the
+cell along its stress, as in a relaxation.
 
 Excluded, and counted, are frames with a force above 20 eV/A or two atoms nearer than half the sum of their covalent radii. A
-material, that is a reduced formula, is on one side of the split; 5% validate. No frame has a formula of --held-out, or of a
-fixed half of WBM's, so that models can be tested on these.
+material, that is a reduced formula, is on one side of the split; 5% validate. No frame has a formula of records/held_out.txt,
+or of a fixed half of WBM's, so that models can be tested on these.
 
-The same command resumes a killed run. The set's hash is that of its structures, teacher, making and split. Labels differ in
-the last digits from one machine to another; their hash does not, and a training run can be resumed there.
+The same command resumes a killed run. The hash of a set is that of its structures, teacher, VERSION and split. It is the same
+on other machines, whose labels differ in the last digits, so that a training run can be resumed there.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import math
@@ -39,6 +39,7 @@ from data import EXCLUDED, PER_ATOM, TRAIN, VAL, PackedSet, make_batch
 from eval_discovery import WBM, save
 from model import energy_forces_stress
 
+VERSION = 1  # to be raised when a change here makes other frames
 LENGTH, BLOCK = 4, 128  # frames of a chain; chains that are made together
 LARGEST = 400  # atoms
 MAX_FORCE, NEAREST = 20.0, 0.5  # eV/A; in sums of covalent radii
@@ -55,22 +56,18 @@ def read_job(job):
     """(name, numbers, positions, cell, pbc) of each sound structure of a job of `data.over_frames`; the number of all."""
     out, n = [], 0
     for n, (name, atoms) in enumerate(data.parse(job), 1):
-        try:
-            if isinstance(atoms, ValueError):
-                raise atoms
+        with contextlib.suppress(ValueError):
             data.check_geometry(atoms)
             name = str(atoms.info.get("material_id", name)).encode()
             out.append((name, atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc))
-        except ValueError:
-            pass
     return out, n
 
 
 def read_structures(paths, elements):
-    """The structures of files and packed sets, joined: `file` (S,) is the place in `paths`, `counts` (S, 119) are the atoms of
-    each element, `formula` (S,) is the reduced formula. Raises ValueError if there is none."""
+    """The usable structures of files and packed sets, joined: arrays as in a packed set, the atoms of each element, `counts`
+    (S, 119), and the reduced formula, `formula` (S,). Raises ValueError if there is none."""
     rows, n_read = [], 0
-    for k, path in enumerate(paths):
+    for path in paths:
         if Path(path).is_dir():
             p = PackedSet(path)
             numbers, positions, cell, pbc = (p.arrays[x].numpy() for x in "numbers positions cell pbc".split())
@@ -79,16 +76,16 @@ def read_structures(paths, elements):
         else:
             jobs = data.over_frames(read_job, [path], f"reading {path}")
         for found, n in jobs:
-            rows += [(k, *r) for r in found if len(r[1]) <= LARGEST and np.isin(r[1], elements).all()]
+            rows += [r for r in found if len(r[1]) <= LARGEST and np.isin(r[1], elements).all()]
             n_read += n
-    reasons = f"cannot be read, has over {LARGEST} atoms or an element that the teacher does not know"
-    print(f"{len(rows)} structures of {n_read} (a structure is left out if it {reasons})")
+    print(
+        f"{len(rows)} of {n_read} structures are sound, not above {LARGEST} atoms, of elements that the teacher knows"
+    )
     if not rows:
         raise ValueError(f"no usable structure in {', '.join(map(str, paths))}")
-    file, names, numbers, positions, cell, pbc = zip(*rows)
-    s = dict(file=np.array(file), names=np.array(names), cell=np.stack(cell).astype(float), pbc=np.stack(pbc))
-    s |= dict(numbers=np.concatenate(numbers), positions=np.concatenate(positions).astype(float))
-    s["offsets"] = np.cumsum([0, *map(len, numbers)])
+    names, numbers, positions, cell, pbc = zip(*rows)
+    s = dict(ids=np.array(names), cell=np.stack(cell).astype(float), pbc=np.stack(pbc), numbers=np.concatenate(numbers))
+    s |= dict(positions=np.concatenate(positions).astype(float), offsets=np.cumsum([0, *map(len, numbers)]))
     s["counts"] = data.composition(s["numbers"], s["offsets"]).astype(np.uint16)
     return s | dict(formula=np.array(formulas(s["counts"])))
 
@@ -96,26 +93,13 @@ def read_structures(paths, elements):
 def formulas(counts):
     """Reduced formulas, in the order of atomic numbers ("O3Fe2"), of the atoms of each element (S, 119)."""
     counts = counts // np.gcd.reduce(counts, axis=1)[:, None]
-    text = lambda row, z: "".join(f"{chemical_symbols[i]}{row[i] if row[i] > 1 else ''}" for i in z)
-    return [text(row, np.flatnonzero(row)) for row in counts]
+    text = lambda z, n: f"{chemical_symbols[z]}{n if n > 1 else ''}"
+    return ["".join(text(z, row[z]) for z in np.flatnonzero(row)) for row in counts]
 
 
 def draw(formula):
     """A number from 0 to 999 that a formula always gets."""
     return int(hashlib.sha256(formula.encode()).hexdigest(), 16) % 1000
-
-
-def choose(s, n, held_out, rng):
-    """The structures (n,) that chains begin with: all of a file equally often. Raises ValueError if all are held out."""
-    free = np.array([f not in held_out for f in s["formula"]])
-    print(f"{free.sum()} structures are not held out")
-    files, count = np.unique(s["file"][free], return_counts=True)
-    if not len(files):
-        raise ValueError("all structures are held out")
-    file, of = rng.choice(files, n, p=count**0.5 / (count**0.5).sum()), np.zeros(n, int)
-    for f in files:
-        of[file == f] = np.resize(rng.permutation(np.flatnonzero(free & (s["file"] == f))), (file == f).sum())
-    return of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,12 +168,13 @@ def label(model, batch):
     extreme = lambda x, index, how, none: torch.full_like(batch.energy, none).scatter_reduce(0, index, x, how)
     for k in range(LENGTH):
         batch.energy, batch.forces, batch.stress = energy_forces_stress(model, batch)
-        f = {name: getattr(batch, name) for name in "numbers positions cell pbc n_atoms energy forces stress".split()}
+        f = {name: getattr(batch, name).float() for name in ("positions", "cell", "forces", "stress")}
+        f |= dict(numbers=batch.numbers.byte(), pbc=batch.pbc, n_atoms=batch.n_atoms, energy=batch.energy)
         force, of = torch.linalg.vector_norm(batch.forces, dim=1, keepdim=True), batch.structure[batch.receivers]
         distance = batch.vectors.norm(dim=1) / (radii[batch.senders] + radii[batch.receivers])
         f["too_strong"] = ~(extreme(force[:, 0], batch.structure, "amax", 0) <= MAX_FORCE)  # or not a number
         f["too_near"] = extreme(distance, of, "amin", torch.inf) < NEAREST
-        frames.append(f | dict(n_edges=torch.bincount(of, minlength=len(batch.cell))))
+        frames.append(f | dict(n_edges=torch.bincount(of, minlength=len(batch.cell)).int()))
         if k < LENGTH - 1:
             move = (batch.forces * (0.1 / force).clamp(max=STEP)).nan_to_num(0)
             strain = (CELL_STEP * batch.stress).clamp(-0.02, 0.02).nan_to_num(0)
@@ -197,54 +182,51 @@ def label(model, batch):
             positions = torch.einsum("ai,aij->aj", batch.positions + move, stretch[batch.structure])
             system = positions.float(), (batch.cell @ stretch).float(), batch.pbc, batch.n_atoms
             batch = make_batch(batch.numbers, *system, model.config["cutoff"])
-    types = dict(positions="f4", cell="f4", forces="f4", stress="f4", numbers="u1", n_edges="i4")
-    stacked = {name: torch.stack([f[name] for f in frames]).cpu().numpy() for name in frames[0]}
-    return {name: x.astype(types.get(name, x.dtype)) for name, x in stacked.items()}
+    return {name: torch.stack([f[name] for f in frames]).cpu().numpy() for name in frames[0]}
 
 
-def distill(structures, weights, n_frames, out, held_out, seed, device):
+def distill(structures, weights, n_frames, out, held_out, device):
     """Make the packed set `out`, or go on with it. Raises ValueError or OSError with a one-line reason."""
     calc = NequixCalculator(weights, device)
     elements = calc.model.config["atomic_numbers"]
     s, others = read_structures(structures, elements), neighbours(elements)
-    held_out = {f for f, id in zip(s["formula"], s["names"]) if b"wbm-" in id and draw(f) < 500}.union(held_out)
-    of = choose(s, math.ceil(n_frames / LENGTH), held_out, np.random.default_rng(seed))
-    made_of = f"{seed} {calc.fingerprint()} {np.__version__} {sorted(held_out)} {Path(__file__).read_text()}"
-    made_of = hashlib.sha256(b"".join([made_of.encode(), *(s[k].tobytes() for k in s if k != "formula"), of.tobytes()]))
+    held_out = {f for f, id in zip(s["formula"], s["ids"]) if b"wbm-" in id and draw(f) < 500}.union(held_out)
+    free = np.flatnonzero([f not in held_out for f in s["formula"]])
+    print(f"{len(free)} structures are not held out")
+    if not len(free):
+        raise ValueError("all structures are held out")
+    of = np.resize(np.random.default_rng(0).permutation(free), math.ceil(n_frames / LENGTH))  # a chain's structure
+    made_of = f"{VERSION} {calc.fingerprint()} {np.__version__} {sorted(held_out)}"
+    made_of = hashlib.sha256(b"".join([made_of.encode(), *(x.tobytes() for x in (*s.values(), of))]))
     folder = Path(f"{out}.part-{made_of.hexdigest()[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     files = {b: folder / f"{b}.npz" for b in range(0, len(of), BLOCK)}
 
     def make_block(b):
         """Write the frames of a block of chains: all the first ones, all the second ones, and so on."""
-        which = of[b : b + BLOCK]
         if files[b].exists():
-            return LENGTH * len(which)
-        a, split = vary(s, which, others, held_out, np.random.default_rng([seed, b]))
-        first, parts = np.append(0, np.cumsum(a["n_atoms"])), []
-        a, most = (
-            {k: torch.from_numpy(v) for k, v in a.items()},
-            calc.max_edges / 200,
-        )  # about 100 edges an atom, 2 threads
-        for piece in data.micro_batches(np.arange(len(which)), first[1:] - first[:-1], first[1:], most, np.inf):
+            return
+        which, parts = of[b : b + BLOCK], []
+        a, split = vary(s, which, others, held_out, np.random.default_rng([1, b]))
+        n, first = a["n_atoms"], np.append(0, np.cumsum(a["n_atoms"]))
+        a = {k: torch.from_numpy(v) for k, v in a.items()}
+        most = calc.max_edges / 200  # atoms: at 100 edges each, in two threads
+        for piece in data.micro_batches(np.arange(len(n)), n, n, most, most):
             lo, hi = piece[0], piece[-1] + 1
             system = (v[first[lo] : first[hi]] if k in PER_ATOM else v[lo:hi] for k, v in a.items())
             parts.append(label(calc.model, make_batch(*system, calc.cutoff, calc.device)))
         f = {k: np.concatenate([p[k] for p in parts], 1).reshape(-1, *parts[0][k].shape[2:]) for k in parts[0]}
-        f["ids"] = np.array(
-            [b"%b %d.%d" % (s["names"][i], b + c, k) for k in range(LENGTH) for c, i in enumerate(which)]
-        )
-        f["split"] = np.where(f["too_strong"] | f["too_near"], EXCLUDED, np.tile(split, LENGTH)).astype(np.uint8)
+        ids = [b"%b %d.%d" % (s["ids"][i], b + c, k) for k in range(LENGTH) for c, i in enumerate(which)]
+        split = np.where(f["too_strong"] | f["too_near"], EXCLUDED, np.tile(split, LENGTH))
         content = io.BytesIO()
-        np.savez(content, **f)
+        np.savez(content, ids=np.array(ids), split=split.astype(np.uint8), **f)
         save(files[b], content.getvalue())
-        return LENGTH * len(which)
 
     pool = ThreadPoolExecutor(2 if calc.device.type == "cuda" else 1)  # the GPU works for one while the other prepares
+    unit = dict(total=len(files), unit="frame", unit_scale=LENGTH * BLOCK)
     try:
-        with tqdm(desc=f"labelling {out}", total=LENGTH * len(of), unit="frame", disable=None) as bar:
-            for n in pool.map(make_block, files):
-                bar.update(n)
+        for _ in tqdm(pool.map(make_block, files), f"labelling {out}", **unit, disable=None):
+            pass
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -264,9 +246,6 @@ def main():
     p.add_argument("--weights", default="nequix-mp-1", help="the teacher: a released name, an .nqx file or a model.pt")
     p.add_argument("--frames", type=int, default=1_580_000, help="how many (default: 1580000)")
     p.add_argument("--out", default="data/taught", help="folder of the packed set (default: data/taught)")
-    held_out = Path(__file__).parent / "records/held_out.txt"
-    p.add_argument("--held-out", default=held_out, type=Path, help=f"list of formulas (default: {held_out})")
-    p.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     a = p.parse_args()
     try:
@@ -276,7 +255,8 @@ def main():
             a.structures = [data.fetch_figshare(*WBM["structures"]), "data/sample"]
             if not Path("data/sample").exists():
                 data.fetch_sample()
-        distill(a.structures, a.weights, a.frames, a.out, a.held_out.read_text().split(), a.seed, a.device)
+        held_out = (Path(__file__).parent / "records/held_out.txt").read_text().split()
+        distill(a.structures, a.weights, a.frames, a.out, held_out, a.device)
     except (ValueError, OSError, zipfile.BadZipFile) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
