@@ -2371,9 +2371,7 @@ class Padded:
         new = [getattr(batch, k) for k in self.FIELDS]
         torch._foreach_copy_([getattr(b, k)[: len(t)] for k, t in zip(self.FIELDS, new)], new)
         b.row_ptr[a + 1 :], b.structure[a:] = e, len(b.cell) - 1
-        b.vectors[e:] = (
-            1.0  # of any length but zero, whose derivatives are not finite: zero times these would spoil all sums
-        )
+        b.vectors[e:] = 1.0  # not zero, where derivatives are not finite, and zero times these would spoil all sums
         b.energy[s:], b.forces[a:], b.stress[s:] = torch.nan, torch.nan, torch.nan
         return True
 

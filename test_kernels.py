@@ -356,7 +356,7 @@ def compile_cuda(source, options):
     both.wait()  # until two are at it: else BrokenBarrierError
     print(source, flush=True)
     return source.encode() * 1000
-both, kernels.compile_cuda = threading.Barrier(2, timeout=60), compile_cuda
+both, kernels.compile_cuda = threading.Barrier(2, timeout=20), compile_cuda
 kernels.os.sched_getaffinity = lambda _: {0, 1}
 assert kernels.machine_code([*"abcdab"], (9, 0)) == [x * 1000 for x in (b"a", b"b", b"c", b"d", b"a", b"b")]
 """
