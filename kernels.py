@@ -37,11 +37,13 @@ lose digits.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import gc
 import hashlib
 import os
-import tempfile
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +138,7 @@ DEV void wait_for_copies() {
 """
 
 PRELUDE = r"""
+// An unrolled loop. Never as the branch of an if that has an else: nvcc drops statements there. Braces help.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 const int HARMONICS = 8 * (LMAX + 1);  // of an edge: 8 for each degree, the last ones zero
 
@@ -910,13 +913,17 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
           load_x_row(x, tile.x + (2 * q + i) * X_ROW, i, g);
           if constexpr (DUAL) load_x_row(xd, tile.xd + (2 * q + i) * X_ROW, i, g);
         }}
-        if constexpr (DUAL && LMAX % 2) EACH(j, (LMAX + 1) / 2) {{
-          B8 b[4];
-          load<false>(b, tile.edges[lane / 8 % 2].sh + lane % 8 * ROW(SH_SIZE) + (2 * j + lane / 16) * 8, HARMONICS);
-          y[2 * j] = b[0]; yd[2 * j] = b[1]; y[2 * j + 1] = b[2]; yd[2 * j + 1] = b[3];
-        }} else EACH(l, LMAX + 1) {{
-          y[l] = load_pair(tile.edges[0].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
-          if constexpr (DUAL) yd[l] = load_pair(tile.edges[1].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
+        if constexpr (DUAL && LMAX % 2) {{
+          EACH(j, (LMAX + 1) / 2) {{
+            B8 b[4];
+            load<false>(b, tile.edges[lane / 8 % 2].sh + lane % 8 * ROW(SH_SIZE) + (2 * j + lane / 16) * 8, HARMONICS);
+            y[2 * j] = b[0]; yd[2 * j] = b[1]; y[2 * j + 1] = b[2]; yd[2 * j + 1] = b[3];
+          }}
+        }} else {{
+          EACH(l, LMAX + 1) {{
+            y[l] = load_pair(tile.edges[0].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
+            if constexpr (DUAL) yd[l] = load_pair(tile.edges[1].sh + g * ROW(SH_SIZE) + 8 * l + 2 * q, HARMONICS);
+          }}
         }}
         A8 a[N], ad[N];
         EACH(p, N) {{
@@ -937,14 +944,18 @@ DEV void weight_grad(const Args& A, int u0, Rows* all_rows) {{
           a[p] = rows(gw);
           ad[p] = rows(gwd);
         }}
-        if constexpr (DUAL) EACH(j, K / 16) {{
-          B8 h[4];  // hidden and its tangent in turn
-          load<true>(h, tile.edges[lane / 8 % 2].hidden + lane % 8 * ROW(HIDDEN_SIZE) + (2 * j + lane / 16) * 8, HIDDEN_SIZE / 2);
-          EACH(n, 2) EACH(p, N) mma16(acc[p][2 * j + n], a[p], ad[p], h[2 * n], h[2 * n + 1]);
-        }} else EACH(j, K / 32) {{
-          B8 h[4];
-          load_columns<HIDDEN_SIZE>(h, tile.edges[0].hidden, 4 * j, lane);
-          EACH(n, 4) EACH(p, N) mma8(acc[p][4 * j + n], a[p], h[n]);
+        if constexpr (DUAL) {{
+          EACH(j, K / 16) {{
+            B8 h[4];  // hidden and its tangent in turn
+            load<true>(h, tile.edges[lane / 8 % 2].hidden + lane % 8 * ROW(HIDDEN_SIZE) + (2 * j + lane / 16) * 8, HIDDEN_SIZE / 2);
+            EACH(n, 2) EACH(p, N) mma16(acc[p][2 * j + n], a[p], ad[p], h[2 * n], h[2 * n + 1]);
+          }}
+        }} else {{
+          EACH(j, K / 32) {{
+            B8 h[4];
+            load_columns<HIDDEN_SIZE>(h, tile.edges[0].hidden, 4 * j, lane);
+            EACH(n, 4) EACH(p, N) mma8(acc[p][4 * j + n], a[p], h[n]);
+          }}
         }}
       }}
     }}
@@ -1041,7 +1052,7 @@ extern "C" __global__ void geometry_back(const Geometry A) {
     EACH(i, 3) {
       Dual y[32];
       EACH(k, 32) y[k] = {0, 0};
-      harmonics(y, {v.u[0], i == 0}, {v.u[1], i == 1}, {v.u[2], i == 2});
+      harmonics(y, {v.u[0], i == 0 ? 1. : 0.}, {v.u[1], i == 1 ? 1. : 0.}, {v.u[2], i == 2 ? 1. : 0.});
       EACH(k, HARMONICS) g[i] += A.gsh[(i64)e * HARMONICS + k] * y[k].d;
     }
     const double along = g[0] * v.u[0] + g[1] * v.u[1] + g[2] * v.u[2];
@@ -1109,7 +1120,8 @@ DEV void load_basis(A8 (&b)[BASIS / 8], A8 (&bd)[BASIS / 8], Stored* rows, Store
     bd[2 * s] = a[0]; bd[2 * s + 1] = a[1];
   }
 }
-
+"""
+RADIAL_MLP = r"""
 extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp(const Mlp A) {
   extern __shared__ __align__(16) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -1141,7 +1153,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) radial_mlp(const Mlp A)
     }
   }
 }
-
+"""
+RADIAL_MLP_BACK = r"""
 // acc += the sum over 16 WARPS edges of a row (outputs: M times 16) times b row (outputs: the warp's N times 8 columns)
 template <int A_SIZE, int M, int N>
 DEV void add_products(float (&acc)[M][N][4], const Stored* a_rows, const Stored* b_rows, int warp, int lane) {
@@ -1461,7 +1474,8 @@ extern "C" __global__ void find_pairs(const Pairs A) {
 
 
 def node_source(muls_out, norm):
-    """CUDA source of norm and gate for a layer of `muls_out` channels, the size of a row after it, and the number of weights."""
+    """CUDA source of norm and gate for a layer of `muls_out` channels, {kernel: its parts}, the size of a row after it, and the
+    number of weights."""
     from model import SILU_NORM
 
     gates = sum(muls_out[1:])
@@ -1510,10 +1524,11 @@ def node_source(muls_out, norm):
         f"  EACH(i, {lanes(n)}) if (lane + 32 * i < {n}) gw[{at} + lane + 32 * i] = mine[{slot} + i];"
         for at, n, slot in stores
     ] + ["}"]
-    for dual in "false", "true":
-        tails += [f'extern "C" __global__ void norm_gate_{dual}(const Nodes A) {{ norm_gate<{dual}>(A); }}']
-        tails += [f'extern "C" __global__ void norm_gate_back_{dual}(const Nodes A) {{ norm_gate_back<{dual}>(A); }}']
-    return heads + NODES + "\n".join(tails), o_off[-1], w_off[-1]
+    common, entries = heads + NODES + "\n".join(tails), {}
+    for call in "norm_gate<false>", "norm_gate_back<false>", "norm_gate<true>", "norm_gate_back<true>":
+        entry = f'extern "C" __global__ void {plain(call)}(const Nodes A) {{ {call}(A); }}'
+        entries[plain(call)] = common, entry
+    return entries, o_off[-1], w_off[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1521,7 +1536,9 @@ def node_source(muls_out, norm):
 
 
 def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
-    """CUDA source of all kernels of one layer's shape; its constants; and the table of coupling coefficients that they take.
+    """CUDA source of the kernels of one layer's shape, {kernel: its parts}; its constants; and the table of coupling
+    coefficients that they take. Each kernel is compiled alone: the compiler is called for those that are launched, for
+    many at once. What does not depend on the layer is the same for all, and compiled once.
 
     muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1,
     2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64; n_basis: inputs of the radial
@@ -1540,12 +1557,10 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         x_dim=x_off[-1], y_dim=y_off[-1], w_dim=column, lmax=lmax, width=width, exact=exact, warps=warps
     )
     c.basis = -(-n_basis // 16) * 16
-    code = [
-        HARDWARE,
-        f"#define EXACT {int(exact)}\n#define K {width}\n#define LMAX {lmax}\n#define XDIM {c.x_dim}",
-        f"#define YDIM {c.y_dim}\n#define WDIM {column}\n#define EVEN {int(all(m % 2 == 0 for m in muls))}",
-        PRELUDE,
-    ]
+    head = HARDWARE, f"#define EXACT {int(exact)}\n#define K {width}\n#define LMAX {lmax}"
+    channels = f"#define XDIM {c.x_dim}\n#define YDIM {c.y_dim}\n#define WDIM {column}"
+    channels += f"\n#define EVEN {int(all(m % 2 == 0 for m in muls))}"
+    parts = {}
     stored = 4 if exact else 2  # bytes of a matrix element
     by_l1 = [[(p, *rest) for p, rest in enumerate(paths) if rest[1] == l1] for l1 in range(len(muls))]
     edges = 16 * (8 * (lmax + 1) * stored + 16 + width * stored + 16)
@@ -1556,12 +1571,12 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         """calls: [(blocks along the grid's second dimension, what the i-th of them does)]"""
         function, begin = f"{plain(name)}_{l1}", 0
         blocks = min(BOUNDS[name][l1], max(MULTIPROCESSOR // (shared + 1024), 1))
-        code.append(f'extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {function}(const Args A) {{')
+        code = [f'extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {function}(const Args A) {{']
         code.append("  extern __shared__ __align__(16) char memory[];\n  const int i = blockIdx.y;")
         for n, call in calls:
             code.append(f"  if (i < {begin + n}) return {call.replace('#', f'(i - {begin})')};")
             begin += n
-        code.append("}")
+        parts[function] = *head, channels, PRELUDE, degree, "\n".join([*code, "}"])
         c.kernels[plain(name)].append(SimpleNamespace(function=function, threads=threads, shared=shared, slabs=begin))
 
     for l1 in reversed(range(len(muls))):  # long ones first
@@ -1584,7 +1599,7 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
             2 if d == 1 and mul > 8 * warps and not exact else 1
         )  # times 8 channels of a warp in `backward`, as registers allow
         fill |= dict(groups=groups, SLOTS=c.slots, O=octets)
-        code.append(DEGREE.format(**fill))
+        degree = DEGREE.format(**fill)
         for _, _, _, _, cg in ps:
             for m in range(d):
                 table.append(np.pad(cg[m].T, [(0, 8 - cg.shape[2]), (0, 8 - cg.shape[1])]))  # (m3, m2)
@@ -1620,9 +1635,12 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
     rows = lambda columns: columns * stored + 16  # bytes of one in shared memory
     weights, basis = (c.basis + width) * width * stored, 32 * warps * rows(c.basis)
     c.mlp = weights + basis, weights + basis + 6 * 16 * warps * rows(width) + 16
-    code += [f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", MLP, GEOMETRY]
+    head = *head, PRELUDE, f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", MLP
+    parts |= dict(radial_mlp=(*head, RADIAL_MLP), radial_mlp_back=(*head, RADIAL_MLP_BACK))
+    parts |= dict.fromkeys(("geometry", "geometry_back"), (*head, GEOMETRY))
     nodes, c.f_dim, c.n_weights = node_source(muls_out, norm)
-    return "\n".join([*code, nodes]), c, np.array(table, np.float32)
+    parts |= {name: (*head, *texts) for name, texts in nodes.items()}
+    return parts, c, np.array(table, np.float32)
 
 
 def plain(kernel):
@@ -1660,66 +1678,101 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modded-nequix"
 
 
-def load_nvrtc():
+@functools.lru_cache
+def nvrtc():
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
     found = sorted(Path(torch.__file__).parents[1].glob(f"nvidia/*/lib/{name}"))  # pip's, off the loader's path
     return ctypes.CDLL(str(found[0]) if found else name)
 
 
-def cubin(code, capability):
-    """The file that keeps the machine code, and the compiler's options."""
-    options = ["--gpu-architecture=sm_%d%d" % capability, "--std=c++17"]
-    key = repr((torch.version.cuda, options, code)).encode()
-    return cache_folder() / (hashlib.sha256(key).hexdigest()[:32] + ".cubin"), [o.encode() for o in options]
-
-
-def compile_cuda(code, capability):
-    """CUDA C++ -> machine code, by the NVRTC that torch has loaded, once: it is kept in the user's cache folder.
-
-    Raises RuntimeError with the compiler's log.
-    """
-    file, options = cubin(code, capability)
-    with contextlib.suppress(OSError):
-        return file.read_bytes()
-    nvrtc, program, size = load_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None), "NVRTC")
-    if nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
-        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+def compile_cuda(source, options):
+    """CUDA C++ -> machine code, by the NVRTC that torch brings. Raises RuntimeError with the compiler's log."""
+    lib, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), "NVRTC")
+    options = [o.encode() for o in options]
+    if lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetProgramLog(program, log)
+        lib.nvrtcGetProgramLog(program, log)
         raise RuntimeError(log.value.decode())
-    check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
+    check(lib.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
     binary = ctypes.create_string_buffer(size.value)
-    check(nvrtc.nvrtcGetCUBIN(program, binary), "NVRTC")
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    with contextlib.suppress(OSError):  # a home that can't be written costs time, no more
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=file.parent
-        ) as folder:  # whole or not at all: other processes may be at it
-            (Path(folder) / "part").write_bytes(binary.raw)
-            (Path(folder) / "part").replace(file)
+    check(lib.nvrtcGetCUBIN(program, binary), "NVRTC")
+    lib.nvrtcDestroyProgram(ctypes.byref(program))
     return binary.raw
 
 
-class Module:
-    """Compiled CUDA source on one device."""
+@contextlib.contextmanager
+def cache_lock():
+    """So that of several processes, as of torchrun, one compiles and the others find what it kept."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a home that can't be written or locked costs time, no more
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(stack.enter_context(open(cache_folder() / "lock", "w")), fcntl.LOCK_EX)
+        yield
 
-    def __init__(self, code, device):
+
+def machine_code(sources, capability, anew=False):
+    """Of each source: from the user's cache folder, or compiled, many at once, and kept there."""
+    options = "--gpu-architecture=sm_%d%d" % capability, "--std=c++17"
+
+    def file(source):
+        key = repr((torch.version.cuda, options, source)).encode()
+        return cache_folder() / (hashlib.sha256(key).hexdigest()[:32] + ".cubin")
+
+    def kept(source):
+        with contextlib.suppress(OSError):
+            return file(source).read_bytes()
+
+    def compiled(source):
+        binary, part = compile_cuda(source, options), file(source).with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            part.write_bytes(binary)
+            part.replace(file(source))  # whole or not at all: other processes may read it
+        return binary
+
+    found = {s: None if anew else kept(s) for s in sources}
+    missing = [s for s in found if found[s] is None]
+    if missing:
+        if len(missing) > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+            words = f"compiling {len(missing)} CUDA kernels (or waiting for a process that does)"
+            print(f"{words}, once: they are kept in {cache_folder()}", file=sys.stderr, flush=True)
+        with cache_lock(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            found |= zip(missing, pool.map(lambda s: (None if anew else kept(s)) or compiled(s), missing))
+    return [found[s] for s in sources]
+
+
+def load(kernels):
+    """Kernels, [(Module, name)]: at once, for the compiler works on many side by side."""
+    kernels = [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
+    if kernels:
+        codes = machine_code([m.sources[name] for m, name in kernels], kernels[0][0].capability)
+        for (m, name), code in zip(kernels, codes):
+            m.add(name, code)
+
+
+class Module:
+    """CUDA kernels, {name: parts of its source}, on one device; each is compiled when it is wanted."""
+
+    def __init__(self, sources, device):
         self.device, self.cuda, self.functions = device, ctypes.CDLL("libcuda.so.1"), {}
+        self.sources = {name: "\n".join(parts) for name, parts in sources.items()}
+        self.capability = torch.cuda.get_device_capability(device)
         self.n_sm = torch.cuda.get_device_properties(device).multi_processor_count
-        with torch.cuda.device(device):
+
+    def add(self, name, code):
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(self.device):
             torch.cuda.synchronize()  # makes torch's context the current one
-            capability, self.module = torch.cuda.get_device_capability(device), ctypes.c_void_p()
-            if self.cuda.cuModuleLoadData(ctypes.byref(self.module), compile_cuda(code, capability)):
-                cubin(code, capability)[0].unlink(missing_ok=True)  # damaged? once more
-                binary = compile_cuda(code, capability)
-                check(self.cuda.cuModuleLoadData(ctypes.byref(self.module), binary), "loading the kernels")
+            if self.cuda.cuModuleLoadData(ctypes.byref(module), code):  # a damaged file? once more
+                (code,) = machine_code([self.sources[name]], self.capability, anew=True)
+                check(self.cuda.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
+            check(self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
+        self.functions[name] = function
 
     def function(self, name):
         if name not in self.functions:
-            f = self.functions[name] = ctypes.c_void_p()
-            check(self.cuda.cuModuleGetFunction(ctypes.byref(f), self.module, name.encode()), name)
+            load([(self, name)])
         return self.functions[name]
 
     def resident(self, name, threads, shared):
@@ -1806,7 +1859,7 @@ class LayerKernels:
         self.device = torch.empty(0, device=device).device  # with its index
         args = (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
         for warps in (4, 2, 1):  # as the device's shared memory allows
-            code, self.shape, table = source(*args, warps)
+            sources, self.shape, table = source(*args, warps)
             if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= shared_memory(
                 self.device
             ):
@@ -1814,17 +1867,15 @@ class LayerKernels:
         self.cg = torch.from_numpy(table).to(self.device)
         components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
         self.components = torch.tensor(components, device=self.device)  # where harmonics are among those as stored
-        module = Module(code, self.device)
-        self.launch, self.n_sm = module.launch, module.n_sm
-        self.resident = {}  # blocks of a kernel that run at once
-        for k in sum(self.shape.kernels.values(), []):
-            self.resident[k.function] = module.resident(k.function, k.threads, k.shared)
-        for name, shared in zip(("radial_mlp", "radial_mlp_back"), self.shape.mlp):
-            self.resident[name] = module.resident(name, 32 * self.shape.warps, shared)
+        self.module = Module(sources, self.device)
+        self.launch, self.n_sm = self.module.launch, self.module.n_sm
+        self.resident = functools.cache(self.module.resident)
 
     def blocks(self, kernel, n_atoms, atoms=1):
         """As many as run at once: each takes one node after another."""
-        return min(-(-n_atoms // atoms), max(self.resident[kernel.function] // kernel.slabs, 1))
+        return min(
+            -(-n_atoms // atoms), max(self.resident(kernel.function, kernel.threads, kernel.shared) // kernel.slabs, 1)
+        )
 
     def launch_edges(self, name, x, senders, atoms=1, **tensors):
         """The kernels of all degrees; a block takes `atoms` nodes at a time. Raises ValueError if there are too many."""
@@ -1833,6 +1884,7 @@ class LayerKernels:
                 f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time"
             )
         kernels, n_atoms = self.shape.kernels[name], len(tensors["row_ptr"]) - 1
+        load([(self.module, k.function) for k in kernels])
         taken = torch.zeros(sum(k.slabs for k in kernels), dtype=torch.int32, device=self.device)
         args = fill(Args, x=x, senders=senders, n_atoms=n_atoms, cg=self.cg, taken=taken, **tensors)
 
@@ -1882,12 +1934,13 @@ class LayerKernels:
 
     def launch_mlp(self, name, basis, weights, **tensors):
         c, n_edges = self.shape, basis.shape[1]
-        blocks = min(-(-n_edges // (16 * c.warps)), self.resident[name])
+        threads, shared = 32 * c.warps, c.mlp[name == "radial_mlp_back"]
+        blocks = min(-(-n_edges // (16 * c.warps)), self.resident(name, threads, shared))
         tensors = {k: t.new_empty(blocks, *t.shape) if k in ("gw1", "gw2") else t for k, t in tensors.items()}
         args = fill(
             Mlp, basis=basis, w1=weights[0].contiguous(), w2=weights[1].contiguous(), n_edges=n_edges, **tensors
         )
-        self.launch(name, (blocks, 1), args, 32 * c.warps, c.mlp[name == "radial_mlp_back"])
+        self.launch(name, (blocks, 1), args, threads, shared)
         return tensors
 
     def radial(self, basis, weights):
@@ -1919,7 +1972,7 @@ class Pairs(ctypes.Structure):
 
 @functools.lru_cache
 def pairs_module(device):
-    return Module(PAIRS, device)
+    return Module(dict(find_pairs=(PAIRS,)), device)
 
 
 def find_pairs(cutoff, **bins):
@@ -2220,6 +2273,14 @@ def kernels_of(layer, model):
     return layer_kernels(*shape, not model.tf32, layer.norm is not None, layer.radial[0].device)
 
 
+@functools.lru_cache
+def prepare(*layers, training):
+    """Compile what passes through these LayerKernels launch, all at once. `Conv`, which the model does without, is not among it."""
+    others = "backward_1 weight_grad_false" if training else "backward_1 backward_2 true weight_grad mlp_back"
+    unused = lambda name: any(part in name for part in others.split())
+    load([(k.module, name) for k in layers for name in k.module.sources if not unused(name)])
+
+
 def apply_layer(layer, k, x, conv, dual):
     """A layer of model.py on flat features; `conv` is a convolution that lacks only x. dual: values and tangents."""
     own = lambda weights: [w if dual else w.detach() for w in weights]  # only the tangent pass has gradients of weights
@@ -2244,12 +2305,13 @@ class Kept:
 def atom_energies(model, numbers, vectors, senders, row_ptr, keep=False):
     """`Nequix.forward`, differentiable once, and by the vectors alone; and, if `keep`, what `energy_tangent` goes on from."""
     config, x = model.config, torch.nn.functional.one_hot(model.species[numbers], len(model.e0)).float()
-    first = kernels_of(model.layers[0], model)
-    sh, basis, by_sh, by_r = Edges.apply(first, vectors, config["cutoff"], config["polynomial_p"])
+    shapes = [kernels_of(layer, model) for layer in model.layers]
+    prepare(*shapes, training=keep)
+    sh, basis, by_sh, by_r = Edges.apply(shapes[0], vectors, config["cutoff"], config["polynomial_p"])
     gsh, gr = x.new_empty(by_sh.shape), x.new_empty(by_r.shape)
     kept = Kept(x, sh, basis, senders, row_ptr, [])
-    for layer in model.layers:
-        k, (*inner, w3) = kernels_of(layer, model), [w.detach() for w in layer.radial]
+    for layer, k in zip(model.layers, shapes):
+        *inner, w3 = [w.detach() for w in layer.radial]
         radial = lambda edges, k=k, inner=inner: k.radial(basis[:, edges].contiguous(), inner)
         hidden = radial(slice(None)) if keep or len(senders) < PIECE else None
         out = gx = None
@@ -2309,6 +2371,7 @@ class Padded:
         new = [getattr(batch, k) for k in self.FIELDS]
         torch._foreach_copy_([getattr(b, k)[: len(t)] for k, t in zip(self.FIELDS, new)], new)
         b.row_ptr[a + 1 :], b.structure[a:] = e, len(b.cell) - 1
+        b.vectors[e:] = 1.0  # not zero, where derivatives are not finite, and zero times these would spoil all sums
         b.energy[s:], b.forces[a:], b.stress[s:] = torch.nan, torch.nan, torch.nan
         return True
 

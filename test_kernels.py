@@ -5,8 +5,11 @@ Without one, their own source is compiled as C++ and run on the CPU, threads in 
 
 import ctypes
 import functools
+import os
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,7 +233,9 @@ class OnCPU:
 
     n_sm = 1
 
-    def __init__(self, code, device):
+    def __init__(self, sources, device):
+        self.sources = self.functions = sources
+        code = "\n".join(dict.fromkeys(sum(sources.values(), ())))  # what kernels share, once
         launches = "\n".join(
             f'extern "C" void launch_{t}(void (*f)(const {t}), const {t}* a, int x, int y, int n) {{ launch<{t}>(f, a, x, y, n); }}'
             for t in ("Args", "Geometry", "Mlp", "Nodes", "Pairs")
@@ -280,7 +285,11 @@ def test_pairs_equal_those_of_the_cpu(monkeypatch):
         assert all(torch.equal(there[k].cpu(), bins[k]) for k in bins)
         got = [t.cpu() for t in data.neighbor_list(there, 6.0)]
     else:
-        monkeypatch.setattr(kernels, "pairs_module", functools.lru_cache(lambda device: OnCPU(kernels.PAIRS, device)))
+        monkeypatch.setattr(
+            kernels,
+            "pairs_module",
+            functools.lru_cache(lambda device: OnCPU(dict(find_pairs=(kernels.PAIRS,)), device)),
+        )
         got = kernels.find_pairs(6.0, **bins)
     assert len(got[0]) > 10_000
     for a, b in zip(got[:4], expected):
@@ -332,6 +341,70 @@ def test_kernels(muls, lmax, muls_out, exact):
     device, n = (CUDA, 50) if on_gpu else (torch.device("cpu"), 8)
     k = (layer_kernels if on_gpu else fused_on_cpu)(muls, muls_out, lmax, 64, 8, exact, True, device)
     check_kernels(k, muls, muls_out, n)
+
+
+def test_no_loop_is_the_branch_of_an_if_with_else():
+    assert "EACH(i, n) _Pragma" in kernels.PRELUDE
+    texts = kernels.PRELUDE, kernels.DEGREE, kernels.MLP, kernels.RADIAL_MLP, kernels.RADIAL_MLP_BACK, kernels.NODES
+    assert not re.search(r"[^#]else\s+EACH", "".join(texts) + kernels.GEOMETRY)
+
+
+KEEPER = """
+import sys, threading, time
+import kernels
+def compile_cuda(source, options):
+    both.wait()  # until two are at it: else BrokenBarrierError
+    print(source, flush=True)
+    return source.encode() * 1000
+both, kernels.compile_cuda = threading.Barrier(2, timeout=20), compile_cuda
+kernels.os.sched_getaffinity = lambda _: {0, 1}
+assert kernels.machine_code([*"abcdab"], (9, 0)) == [x * 1000 for x in (b"a", b"b", b"c", b"d", b"a", b"b")]
+"""
+
+
+def test_kernels_are_compiled_side_by_side_and_once(tmp_path):
+    """By one of two processes, two threads at a time; the other one waits and finds them."""
+    run = lambda: subprocess.Popen([sys.executable, "-c", KEEPER], env=env, text=True, stdout=-1, stderr=-1)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parent)}
+    out = [p.communicate(timeout=120) for p in (run(), run())]
+    assert sorted("".join(o for o, _ in out).split()) == [*"abcd"]
+    said = f"compiling 4 CUDA kernels (or waiting for a process that does), once: they are kept in {tmp_path}"
+    assert any(said in e for _, e in out) and run().communicate(timeout=120) == ("", "")
+
+
+def test_the_cache_of_kernels(tmp_path, monkeypatch, capsys):
+    calls, code = [], lambda **how: kernels.machine_code(["a", "b"], (9, 0), **how)
+    monkeypatch.setattr(kernels, "compile_cuda", lambda source, options: calls.append(source) or source.encode() * 9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert code() == code() == [b"a" * 9, b"b" * 9] and sorted(calls) == ["a", "b"]
+    assert sorted(f.suffix for f in (tmp_path / "modded-nequix").iterdir()) == ["", ".cubin", ".cubin"]
+    assert code(anew=True) == code() and len(calls) == 4  # files that the driver refused
+    kernels.machine_code(["a"], (8, 0))
+    assert len(calls) == 5  # for another GPU
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be kept there
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    capsys.readouterr()
+    assert code() == code() and len(calls) == 9 and capsys.readouterr().err == ""  # rank 0 has said it
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_all_that_is_launched_is_compiled_at_once_and_nothing_else(monkeypatch):
+    loads, launched, launch = [], set(), OnCPU.launch
+    record = lambda self, name, *args, **more: launched.add((self, name)) or launch(self, name, *args, **more)
+    monkeypatch.setattr(OnCPU, "launch", record)
+    monkeypatch.setattr(kernels, "load", lambda kernels: loads.append(set(kernels)))
+    monkeypatch.setattr(kernels, "layer_kernels", functools.lru_cache(lambda *shape: fused_on_cpu.__wrapped__(*shape)))
+    monkeypatch.setattr(nequix, "choose_conv", lambda *_: "fused")
+    model, batch = random_model(hidden="12x0e+6x1o", layers=3).to("cpu"), batch_on("cpu", structures()[-1:])
+    first = kernels.kernels_of(model.layers[0], model).module
+    edges = {(first, "geometry"), (first, "geometry_back")}  # the other layers have them too, but the same
+    for run in energy_forces_stress, lambda *args: loss_and_gradient(*args, (20.0, 20.0, 500.0), (1, 3, 9)):
+        loads.clear(), launched.clear()
+        run(model, batch)
+        assert {x for x in loads[0] if "geometry" not in x[1]} | edges == launched
+        assert loads[0] == set().union(*loads)
+    assert len({self for self, _ in launched}) == 3 and len(launched) > 30
 
 
 @needs_device
@@ -576,6 +649,8 @@ def test_padded_batches_and_their_cuda_graph(monkeypatch):
         batch = batch_on(device, some)
         expected = gradient(trainer.add_gradient, batch, counts)
         assert isinstance(trainer.accumulate, Replay)
+        for used in filter(None, (padded, getattr(trainer.accumulate, "padded", None))):
+            used.batch.vectors.zero_()  # as of two atoms at one place in a batch before: this edge may be beyond those of the next
         if torch.cuda.is_available():
             before, got = trainer.accumulate.padded, gradient(trainer.accumulate, batch, counts)
             assert (trainer.accumulate.padded is before) == (before is not None and len(some) < 5)
