@@ -66,21 +66,17 @@ def read_job(job):
 def read_structures(paths, elements):
     """The usable structures of files and packed sets, joined: arrays as in a packed set, the atoms of each element, `counts`
     (S, 119), and the reduced formula, `formula` (S,). Raises ValueError if there is none."""
-    rows, n_read = [], 0
-    for path in paths:
-        if Path(path).is_dir():
-            p = PackedSet(path)
-            numbers, positions, cell, pbc = (p.arrays[x].numpy() for x in "numbers positions cell pbc".split())
-            atoms = {i: slice(*p.offsets[i : i + 2]) for i in p.indices(TRAIN)}
-            jobs = [([(p.ids[i], numbers[a], positions[a], cell[i], pbc[i]) for i, a in atoms.items()], len(atoms))]
-        else:
-            jobs = data.over_frames(read_job, [path], f"reading {path}")
-        for found, n in jobs:
-            rows += [r for r in found if len(r[1]) <= LARGEST and np.isin(r[1], elements).all()]
-            n_read += n
-    print(
-        f"{len(rows)} of {n_read} structures are sound, not above {LARGEST} atoms, of elements that the teacher knows"
-    )
+    rows, files = [], [path for path in paths if not Path(path).is_dir()]
+    for p in (PackedSet(path) for path in paths if Path(path).is_dir()):
+        numbers, positions, cell, pbc = (p.arrays[k].numpy() for k in "numbers positions cell pbc".split())
+        atoms = {i: slice(*p.offsets[i : i + 2]) for i in p.indices(TRAIN)}
+        rows += [(p.ids[i], numbers[a], positions[a], cell[i], pbc[i]) for i, a in atoms.items()]
+    n_read, known = len(rows), np.isin(np.arange(119), elements)
+    for found, n in data.over_frames(read_job, files, "reading structures") if files else ():
+        rows += found
+        n_read += n
+    rows = [r for r in rows if len(r[1]) <= LARGEST and known[r[1]].all()]
+    print(f"{len(rows)} of {n_read} structures are sound, of elements of the teacher and {LARGEST} atoms at most")
     if not rows:
         raise ValueError(f"no usable structure in {', '.join(map(str, paths))}")
     names, numbers, positions, cell, pbc = zip(*rows)
@@ -138,20 +134,20 @@ def vary(s, of, others, held_out, rng):
         repeats[growing] = more
 
     n = n_cell * repeats.prod(1)
-    chain = np.repeat(np.arange(len(of)), n)  # of each atom
-    image, k = np.divmod(np.arange(len(chain)) - np.repeat(np.cumsum(n) - n, n), n_cell[chain])
-    atom, (_, b, c) = s["offsets"][of][chain] + k, repeats[chain].T
+    at = np.repeat(np.arange(len(of)), n)  # the chain of each atom
+    image, k = np.divmod(np.arange(len(at)) - np.repeat(np.cumsum(n) - n, n), n_cell[at])
+    atom, (_, b, c) = s["offsets"][of][at] + k, repeats[at].T
     shift = np.stack([image // (b * c), image // c % b, image % c], 1)
-    positions = s["positions"][atom] + np.einsum("ai,aij->aj", shift, s["cell"][of][chain])
-    numbers = becomes[chain, s["numbers"][atom]]
+    positions = s["positions"][atom] + np.einsum("ai,aij->aj", shift, s["cell"][of][at])
+    numbers = becomes[at, s["numbers"][atom]]
 
-    radius = lambda z: np.bincount(chain, covalent_radii[z], len(of)) / n
+    radius = lambda z: np.bincount(at, covalent_radii[z], len(of)) / n
     scale = radius(numbers) / radius(s["numbers"][atom])  # other elements take other room
     scale *= np.where(rng.random(len(of)) < 0.1, rng.uniform(0.92, 1.03, len(of)), 1)
     strain = rng.normal(size=(len(of), 3, 3)) * (0.05 * rng.random(len(of)) ** 3)[:, None, None]
     stretch = scale[:, None, None] * (np.eye(3) + (strain + strain.swapaxes(1, 2)) / 2)
-    rattle = (0.2 * rng.random(len(of)) ** 6)[chain, None] * rng.normal(size=positions.shape)  # A
-    positions = np.einsum("ai,aij->aj", positions, stretch[chain]) + rattle
+    rattle = (0.2 * rng.random(len(of)) ** 6)[at, None] * rng.normal(size=positions.shape)  # A
+    positions = np.einsum("ai,aij->aj", positions, stretch[at]) + rattle
     cell = s["cell"][of] * repeats[:, :, None] @ stretch
     arrays = dict(numbers=numbers, positions=np.float32(positions), cell=np.float32(cell), pbc=s["pbc"][of], n_atoms=n)
     return arrays, np.array([VAL if draw(f) % 20 == 0 else TRAIN for f in formula])
@@ -222,6 +218,9 @@ def distill(structures, weights, n_frames, out, held_out, device):
         np.savez(content, ids=np.array(ids), split=split.astype(np.uint8), **f)
         save(files[b], content.getvalue())
 
+    torch.linalg.inv(
+        torch.eye(3, device=calc.device)
+    )  # the first call must not come from two threads: torch then fails
     pool = ThreadPoolExecutor(2 if calc.device.type == "cuda" else 1)  # the GPU works for one while the other prepares
     unit = dict(total=len(files), unit="frame", unit_scale=LENGTH * BLOCK)
     try:
