@@ -218,9 +218,8 @@ def distill(structures, weights, n_frames, out, held_out, device):
         np.savez(content, ids=np.array(ids), split=split.astype(np.uint8), **f)
         save(files[b], content.getvalue())
 
-    torch.linalg.inv(
-        torch.eye(3, device=calc.device)
-    )  # the first call must not come from two threads: torch then fails
+    for b in [b for b in files if not files[b].exists()][:1]:
+        make_block(b)  # alone: torch and CUDA load some code at its first use, which two threads must not do at once
     pool = ThreadPoolExecutor(2 if calc.device.type == "cuda" else 1)  # the GPU works for one while the other prepares
     unit = dict(total=len(files), unit="frame", unit_scale=LENGTH * BLOCK)
     try:

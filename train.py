@@ -313,7 +313,10 @@ def read_state(path, fixed, total, sources_sha256):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if fixed.get(k, v) != v]
+        same = lambda v, now: (
+            v == now or (isinstance(v, float) and math.isclose(v, now, rel_tol=1e-6))
+        )  # E0s of labels made anew
+        differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if not same(v, fixed.get(k, v))]
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read ({why}): remove {path.parent} to start anew") from None

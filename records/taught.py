@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import EXCLUDED, TEST, VAL, PackedSet
 
+open_set = functools.lru_cache(PackedSet)
 POINTS = [1, 5, 25, 50, 75, 95, 99, 100]  # percentiles
 
 
@@ -55,7 +56,7 @@ def makeup(path, splits):
 
 def text_of(frames, path):
     """Frames of a set as the text of an extxyz file, with MPtrj's names for what a frame is."""
-    p, f = PackedSet(path), StringIO()
+    p, f = open_set(path), StringIO()
     a = {k: v.numpy() for k, v in p.arrays.items()}
     for i in frames:
         at = slice(*p.offsets[i : i + 2])
