@@ -329,10 +329,6 @@ def check(atoms, model):
     unknown = set(atoms.numbers.tolist()) - set(model.config["atomic_numbers"])
     if unknown:
         raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
-    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files: {site: {element: share}}
-    for site, shares in occupancy.items() if isinstance(occupancy, dict) else ():
-        if isinstance(shares, dict) and min(shares.values(), default=1) < 1:
-            raise ValueError(f"site {site} is partly occupied ({', '.join(f'{k} {v:g}' for k, v in shares.items())})")
 
 
 SkinList = namedtuple("SkinList", "batch numbers pbc positions given_cell cell inverse_cell")  # on the host, but batch

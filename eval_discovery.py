@@ -109,7 +109,8 @@ def to_atoms(material, frame):
         atoms = ase.io.read(io.StringIO(frame), format="extxyz")
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{material} cannot be read ({type(e).__name__} {e})".split("\n")[0]) from None
-    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=dict(material_id=material))
+    info = dict(material_id=material) | {k: v for k, v in atoms.info.items() if k == "occupancy"}  # which calc checks
+    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)
 
 
 def to_frame(atoms):

@@ -162,11 +162,11 @@ def read_kappa(path):
     """{id: material}: dict of atoms, name, supercell (of fc3) and fc2_supercell (3, 3), q_mesh (3,). Raises ValueError."""
     out = {}
     try:
-        for atoms in ase.io.iread(path, ":", format="extxyz"):
+        for atoms in ase.io.iread(path, ":", format="extxyz", do_not_split_by_at_sign=True):
             i = atoms.info
             m = dict(supercell=i["fc3_supercell"], fc2_supercell=i["fc2_supercell"], name=i["name"])
             m |= dict(q_mesh=i["q_mesh" if "q_mesh" in i else "q_point_mesh"])
-            m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True))
+            m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info=i))  # calc checks info
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__})") from None

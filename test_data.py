@@ -227,6 +227,7 @@ BAD = {
     "zero volume": ("zero volume", labelled(Atoms("Si", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True))),
     "absurd force": ("force of 5000.0 eV/A", labelled(bulk("Si"), forces=[[5000, 0, 0], [0, 0, 0]])),
     "two at one place": ("two atoms 0.000 A apart", labelled(Atoms("Si2", [[0, 0, 0]] * 2, cell=[9] * 3, pbc=True))),
+    "half an atom": ("site 0 is partly occupied (Si 0.5)", labelled(bulk("Si"), occupancy={"0": {"Si": 0.5}})),
     "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
 }
 
@@ -239,9 +240,9 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
     said = pack(tmp_path, "frames.traj", "text.extxyz", ok=False)
     for k, (reason, _) in enumerate(BAD.values(), 1):
         assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
-    assert "bad: text.extxyz#0: cannot be read" in said and "12 frames are unusable" in said
+    assert "bad: text.extxyz#0: cannot be read" in said and "13 frames are unusable" in said
     said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")  # which fails if there was a set
-    assert "12 skipped" in said and "1 frames without stress" in said
+    assert "13 skipped" in said and "1 frames without stress" in said
     assert data.PackedSet(tmp_path / "set").has_stress.tolist() == [True, False]
     with pytest.raises(ValueError, match="stress is not symmetric"):
         data.frame_arrays(labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3)), "a.xyz#0", ())

@@ -21,11 +21,12 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
+import data
 import eval_phonon
 from calc import NequixCalculator
 from eval_phonon import QUANTITIES, main, mode_kappas, read_kappas, score_row
 from model import save
-from test_calc import MP1
+from test_calc import MIXED, MP1
 from test_data import HERE
 from test_eval_discovery import error_of
 from test_model import SHARED, needs_shared, small_model
@@ -380,7 +381,7 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_wrong_with_a_material(files, tmp_path):
-    """Random displacements; a site with part of an atom, and one with two species."""
+    """Random displacements; a site with part of an atom, and one with two species; in a file whose name ASE would split."""
     text = (files / "mdr/mp-0.yaml").read_text().split("displacements:")[0]
     (tmp_path / "random.yaml").write_text(text + "dataset:\n  displacements: [[[0, 0, 0]]]\n")
     with pytest.raises(ValueError, match="random.yaml has random displacements .phonopy's type 2"):
@@ -391,6 +392,11 @@ def test_what_is_wrong_with_a_material(files, tmp_path):
     for last in (site(("Cl", 0.5)), site(("Cl", 0.5), ("Br", 0.5))):
         with pytest.raises(ValueError, match="x: site 1 is disordered.*Cl"):
             eval_phonon.from_pymatgen(structure(last), "x")
+    info = dict(mp_id="x", name="x", fc2_supercell=[1], fc3_supercell=[1], q_mesh=[1]) | MIXED.info
+    ase.io.write(tmp_path / "mixed@1.extxyz", Atoms(MIXED, info=info))
+    mixed = eval_phonon.read_kappa(tmp_path / "mixed@1.extxyz")["x"]["atoms"]
+    with pytest.raises(ValueError, match="site 0 is partly occupied"):
+        data.check_geometry(mixed)
 
 
 def test_workers_of_a_killed_process_end(tmp_path):
