@@ -19,6 +19,7 @@ from ase.build import bulk, molecule
 import data
 import model as nequix
 import muon
+from calc import NequixCalculator
 from data import PackedSet
 from test_data import HERE, batch_of, labelled, run
 from test_model import small_model
@@ -309,6 +310,43 @@ def test_a_step_never_waits_for_the_gpu(packed, tmp_path, monkeypatch):
         warnings.simplefilter("always")
         train(a, torch.device("cuda", 0), 0, 1)
     assert taken == 24 and waits and not [w for w in waits if w[0]]
+
+
+def test_only_elements_that_were_trained_on(tmp_path, capsys, monkeypatch):
+    """A lone germanium, which falls to validation: the run is as without it, and calc refuses it."""
+    monkeypatch.syspath_prepend(HERE / "records")
+    import validate
+
+    lone, frames = np.random.RandomState(42).permutation(20)[19], []
+    for k in range(20):
+        frames.append(labelled(bulk("Ge" if k == lone else "Si", "diamond", 5 + k / 20), -5.0 - k / 9))
+    ase.io.write(tmp_path / "frames.traj", frames)
+    pack = "data.py", "pack", tmp_path / "frames.traj", "--val", "0.2", "--workers", 1, "--out"
+    run(*pack, tmp_path / "set")
+    go(tmp_path / "set", tmp_path / "run", "--steps", "3")
+    left_out = "validation leaves out frames with elements that are not trained on: atomic numbers [32]\n"
+    said = capsys.readouterr().out
+    assert left_out in said and "16 training and 3 validation frames" in said
+    model = nequix.load(tmp_path / "run/model.pt", precision="float64")
+    assert model.config["atomic_numbers"] == [14] and len(model.e0) == 1
+    with pytest.raises(ValueError, match="lacks: Ge"):
+        NequixCalculator(tmp_path / "run/model.pt", "cpu").predict([bulk("Ge")])
+    p = PackedSet(tmp_path / "set")
+    silicon = p.indices(data.VAL)[p.indices(data.VAL) != lone]
+    errors = [float(x.split("=")[1]) for x in final(tmp_path / "run")[2:]]
+    assert errors == pytest.approx(evaluate(model, p, silicon, 1000)[0], abs=1e-4)
+    go(tmp_path / "set", tmp_path / "run", "--steps", "3")  # resumes
+    argv = f"validate.py {tmp_path / 'run/model.pt'} --data {tmp_path / 'set'} --precision float64 --device cpu"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    validate.main()
+    said = capsys.readouterr().out
+    assert "left out: validation frames with elements that the model lacks: atomic numbers [32]" in said
+    assert f"energy MAE {errors[0]:.2f} meV/atom" in said
+    nequix.save(tmp_path / "more.pt", small_model(atomic_numbers=[14, 32], atom_energies=[0.0, 0.0]))
+    more = ["--init", tmp_path / "more.pt", "--data", tmp_path / "set", "--out", tmp_path / "more", "--steps", "1"]
+    train(parse_args([str(x) for x in more]), torch.device("cpu"), 0, 1)  # which know both
+    assert "4 validation frames" in capsys.readouterr().out
+    assert nequix.load(tmp_path / "more/model.pt").config["atomic_numbers"] == [14, 32]
 
 
 def test_elements_that_the_weights_lack(packed, tmp_path):

@@ -300,11 +300,16 @@ def trouble(losses):
         return len(losses) - 1, "has been over ten times its running median for 100 steps"
 
 
-def check_elements(model, packed, indices):
-    atoms = np.repeat(np.isin(np.arange(len(packed.n_atoms)), indices), packed.n_atoms)
-    unknown = set(np.unique(packed.numbers[atoms]).tolist()) - set(model.config["atomic_numbers"])
-    if unknown:
-        raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
+def elements(packed, indices):
+    """Atomic numbers, sorted, of all atoms of the frames `indices`."""
+    of_frame = np.isin(np.arange(len(packed.n_atoms)), indices)
+    return np.unique(packed.numbers[np.repeat(of_frame, packed.n_atoms)]).tolist()
+
+
+def known_frames(packed, indices, known):
+    """Those of the frames `indices` whose elements are all `known`, and the sorted atomic numbers of other elements."""
+    strange = np.logical_or.reduceat(~np.isin(packed.numbers, known), packed.offsets[:-1])[indices]
+    return indices[~strange], sorted({*elements(packed, indices)} - {*known})
 
 
 def read_state(path, fixed, total, sources_sha256):
@@ -373,8 +378,13 @@ def train(a, device, rank, ranks, told=()):
     model = nequix.load(a.init, device, a.precision, a.conv).requires_grad_() if a.init else None
     packed = PackedSet(a.data, model.config["cutoff"] if a.init else a.cutoff, device)
     train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
+    # The model has only elements that it is trained on, and is validated on them: the weights of others would be random.
+    known = model.config["atomic_numbers"] if a.init else elements(packed, train_frames)
+    if unknown := known_frames(packed, train_frames, known)[1]:
+        raise ValueError(f"{a.data} has elements that the model lacks: atomic numbers {unknown}")
+    val_frames, others = known_frames(packed, val_frames, known)
     if len(val_frames) == 0:
-        raise ValueError(f"{a.data} has no validation frames")
+        raise ValueError(f"{a.data} has no validation frames of elements that the model is trained on")
     steps_per_epoch = len(train_frames) / a.batch
     total = a.steps or max(round(a.epochs * steps_per_epoch), 1)
     eval_every = a.eval_every or max(min(round(steps_per_epoch), total // 10), 1)
@@ -382,12 +392,12 @@ def train(a, device, rank, ranks, told=()):
 
     # Nothing is drawn at random but the initial weights and the order of the data, which is a function of the step.
     torch.manual_seed(a.seed)
-    if a.init:
-        check_elements(model, packed, np.append(train_frames, val_frames))
-    else:
+    if not a.init:
         dtype, tf32 = nequix.PRECISIONS[a.precision]
         statistics = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
-        config = {**statistics, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
+        e0 = dict(zip(statistics["atomic_numbers"], statistics["atom_energies"]))
+        config = statistics | dict(atomic_numbers=known, atom_energies=[e0[z] for z in known], norm=not a.no_norm)
+        config |= {k: getattr(a, k) for k in ARCHITECTURE}
         model = Nequix(config, a.conv, tf32).to(device, dtype)
     weights = a.energy_weight, a.force_weight, a.stress_weight
     trainer = Trainer(model, make_optimizer(model, a), weights, a.grad_clip, a.ema)
@@ -485,6 +495,8 @@ def train(a, device, rank, ranks, told=()):
         log(f"resumed at step {step} of {total}{edited}")
     else:
         frames = f"{len(train_frames)} training and {len(val_frames)} validation frames"
+        if others:
+            log(f"validation leaves out frames with elements that are not trained on: atomic numbers {others}")
         log(f"{frames}; {total} steps of {a.batch}; {ranks} rank(s)")
 
     # Warm-up, outside the clock: kernels are compiled; a CUDA graph is captured with room for the next 1,000 steps.

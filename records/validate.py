@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import model as nequix
 from data import PackedSet, composition, prefetch
-from train import BASELINE, check_elements, edges_that_fit, evaluate
+from train import BASELINE, edges_that_fit, evaluate, known_frames
 
 
 @torch.no_grad()
@@ -66,13 +66,16 @@ def main():
         model = nequix.load(a.weights, device, a.precision)
         packed = PackedSet(a.data, model.config["cutoff"], device)
         split, indices = ("test", packed.indices(data.TEST)) if a.test else ("validation", packed.indices(data.VAL))
+        known = model.config["atomic_numbers"]
+        (indices, others), (train, _) = (known_frames(packed, x, known) for x in (indices, packed.indices(data.TRAIN)))
+        if others:
+            print(f"left out: {split} frames with elements that the model lacks: atomic numbers {others}")
         indices = np.sort(np.random.RandomState(0).permutation(indices)[: a.frames])
         if len(indices) == 0:
-            raise ValueError(f"{a.data} has no {split} frames")
-        check_elements(model, packed, np.append(indices, packed.indices(data.TRAIN)) if a.refit_e0 else indices)
+            raise ValueError(f"{a.data} has no {split} frames of elements that the model knows")
         max_edges = edges_that_fit(model, packed.device)
         if a.refit_e0:
-            model.config["atom_energies"] = refitted_e0(model, packed, packed.indices(data.TRAIN), max_edges).tolist()
+            model.config["atom_energies"] = refitted_e0(model, packed, train, max_edges).tolist()
             model.e0.copy_(torch.tensor(model.config["atom_energies"], dtype=torch.float64))
             Path(a.refit_e0).parent.mkdir(parents=True, exist_ok=True)
             nequix.save(a.refit_e0, model)
