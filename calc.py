@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+import os
 import sys
 from collections import deque, namedtuple
 from pathlib import Path
@@ -39,6 +40,8 @@ SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until another p
 GRAPH_EDGES = 500_000  # a structure with more gets no CUDA graph, which would hold on to its memory
 COLLAPSED = 0.5  # A^3 an atom: a relaxation that comes below it has failed, and its edges would fill the memory
 NOT_FINITE = "the energy is not finite: two atoms at one place?"
+# A fork has none of its parent's OpenMP threads, and would wait for them forever. With one thread it asks for none.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Neighbour list with a skin
@@ -340,7 +343,6 @@ class NequixCalculator(Calculator):
 
     implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]
 
-    @torch.inference_mode(False)  # here and below: forces are derivatives, whatever mode the caller is in
     def __init__(self, weights="nequix-mp-1", device=None, precision="float32", conv="auto"):
         super().__init__()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -367,7 +369,7 @@ class NequixCalculator(Calculator):
         names = ("positions", "numbers", "cell", "pbc")
         return [name for name in names if not np.array_equal(getattr(self.atoms, name), getattr(atoms, name))]
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # here and below: forces are derivatives, whatever mode the caller is in
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         if "stress" in properties and not (self.atoms if atoms is None else atoms).pbc.all():
             raise PropertyNotImplementedError("only a cell that is periodic in all three directions has a stress")

@@ -166,7 +166,9 @@ def read_kappa(path):
             i = atoms.info
             m = dict(supercell=i["fc3_supercell"], fc2_supercell=i["fc2_supercell"], name=i["name"])
             m |= dict(q_mesh=i["q_mesh" if "q_mesh" in i else "q_point_mesh"])
-            m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info=i))  # calc checks info
+            m |= dict(
+                atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info=i)
+            )  # calc checks info
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__})") from None

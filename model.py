@@ -30,6 +30,7 @@ import json
 import math
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,7 @@ def dense_products(tf32):
 # (8): forces and stress
 
 
+@torch.inference_mode(False)  # forces are derivatives, whatever mode the caller is in
 def energy_forces_stress(model, batch, create_graph=False):
     """E (S,) eV, F = -dE/dr (A, 3) eV/A, stress = (1/V) dE/dstrain (S, 3, 3) eV/A^3 (positive: tensile; NaN where the
     cell is not periodic in three directions); all float64.
@@ -331,6 +333,8 @@ def energy_forces_stress(model, batch, create_graph=False):
     """
     if create_graph and model.chosen_conv() == "fused":
         raise ValueError("the fused kernels have no second derivative: use conv='torch' or train.loss_and_gradient")
+    made_without = {k: t.clone() for k, t in vars(batch).items() if t is not None and t.is_inference()}
+    batch = replace(batch, **made_without)  # tensors made in inference mode take part in no derivative
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad(), dense_products(model.tf32):
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)
@@ -395,6 +399,7 @@ def released(name):
     return path
 
 
+@torch.inference_mode(False)
 def load(path, device="cpu", precision="float32", conv="auto"):
     """A model for inference (its weights take no gradients) from a checkpoint of ours, an official `.nqx` file, or a
     name in RELEASED, which is downloaded once. precision: "float32", "tf32" or "float64".

@@ -3,7 +3,10 @@
 import io
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import zipfile
 
 import ase.io
@@ -22,7 +25,7 @@ import calc as calc_module
 import data
 from calc import NequixCalculator, at, matrix_exp, matrix_log
 from model import energy_forces_stress, save
-from test_data import batch_of, odd_structures, run
+from test_data import HERE, batch_of, odd_structures, run
 from test_model import SHARED, needs_shared, small_model
 
 MP1 = SHARED / "weights/nequix-mp-1.nqx"
@@ -400,7 +403,7 @@ def test_atoms_that_meet_later_are_refused(calc):
 def test_without_gradients_around_it(weights, calc, mode):
     """Inside, and afterwards outside: nothing that is kept may be an inference tensor."""
     si = bulk("Si")
-    ask = lambda c: (c.get_potential_energy(si), c.hessian(si), c.predict([si])[0]["energy"])
+    ask = lambda c: (c.get_potential_energy(si), c.hessian(si), c.predict([si])[0]["energy"], *fresh(c, si))
     expected = ask(calc)
     with mode():
         inside = NequixCalculator(weights, "cpu", "float64")
@@ -408,6 +411,24 @@ def test_without_gradients_around_it(weights, calc, mode):
             assert all(map(np.array_equal, ask(c), expected))
     si = bulk("Si", a=5.5)
     assert all(map(np.array_equal, ask(inside), ask(calc)))
+
+
+def test_after_a_fork(weights):
+    """A child of a process whose threads have computed gets the same energy, and does not wait for ever."""
+    code = f"""import os, signal, sys
+from ase.build import bulk
+from calc import NequixCalculator
+calc = NequixCalculator({str(weights)!r}, "cpu")
+energy = lambda: calc.predict([bulk("Si", cubic=True) * 2])[0]["energy"]
+first = energy()
+if not os.fork():
+    signal.alarm(20)
+    os._exit(abs(energy() - first) > 1e-4)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))"""
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "2"}).returncode
+        == 0
+    )
 
 
 @pytest.fixture
