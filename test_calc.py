@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -26,9 +25,7 @@ import data
 from calc import NequixCalculator, at, matrix_exp, matrix_log
 from model import energy_forces_stress, save
 from test_data import HERE, batch_of, odd_structures, run
-from test_model import SHARED, needs_shared, small_model
-
-MP1 = SHARED / "weights/nequix-mp-1.nqx"
+from test_model import SHARED, needs_shared, official_values, released, small_model
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +42,20 @@ def calc(weights):
 
 @pytest.fixture(scope="module")
 def mp1():
-    return NequixCalculator(MP1, "cpu", "float64")
+    return NequixCalculator(released(), "cpu", "float64")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Values
 
 
-@needs_shared
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_calculator_reproduces_the_official_values(mp1, precision):
     """Structures from the official code in float64 (all of them on a GPU, else the small ones), one after the other through one
     calculator. Float32 forces relative to the largest of a structure; where they vanish by symmetry, to 0.02 eV/A."""
-    calc = mp1 if precision == "float64" else NequixCalculator(MP1)
+    calc = mp1 if precision == "float64" else NequixCalculator(released())
     assert calc.model.precision == precision
-    cases = json.loads((SHARED / "reference/nequix-mp-1.json").read_text())["cases"]
-    cases = [c for c in cases if len(c["numbers"]) <= (1000 if calc.device.type == "cuda" else 8)]
+    cases = [c for c in official_values() if len(c["numbers"]) <= (1000 if calc.device.type == "cuda" else 8)]
     assert len(cases) > 10
     worst = dict(energy=0, energies=0, forces=0, relative=0, stress=0)
     for case in cases:
@@ -84,7 +79,6 @@ def test_calculator_reproduces_the_official_values(mp1, precision):
         assert worst["relative"] < 2e-4 and worst["stress"] < 1e-5
 
 
-@needs_shared
 def test_slabs_and_wires_equal_the_same_with_vacuum_periodic(mp1):
     """The official code drops the images unless all three directions are periodic, and is wrong here: so the comparison is
     with a cell that is periodic everywhere and so wide that the images do not meet."""
@@ -203,13 +197,12 @@ def test_changes_are_those_that_ase_sees(calc):
         assert set(calc.check_state(other)) == set(Calculator.check_state(calc, other)), name
 
 
-@needs_shared
 @pytest.mark.parametrize("precision, tolerance", [("float64", 0.02), ("float32", 0.05)])
 def test_nve_conserves_energy(precision, tolerance):
     """2 atoms of silicon at 600 K, 60 fs; bench_speed.py nve does 1 ps of 64 and 216 atoms."""
     atoms, rng = bulk("Si"), np.random.default_rng(0)
     atoms.rattle(0.02, seed=0)
-    atoms.calc = NequixCalculator(MP1, "cpu", precision)
+    atoms.calc = NequixCalculator(released(), "cpu", precision)
     atoms.set_momenta(rng.normal(size=(2, 3)) * np.sqrt(600 * units.kB * atoms.get_masses())[:, None])
     md, energies = VelocityVerlet(atoms, 1 * units.fs), []
     md.attach(lambda: energies.append(atoms.get_total_energy() / len(atoms) * 1000))
@@ -302,7 +295,7 @@ def test_relax_reaches_ases_own_minimum(mp1):
         picks = [members[i] for i in np.linspace(0, len(members) - 1, 3).astype(int)]
         frames = [ase.io.read(io.StringIO(z.read(m).decode()), ":100", format="extxyz") for m in picks]
     structures = [next(a for a in some if len(a) <= 4 + k % 3) for k, some in enumerate(frames)]
-    f32 = NequixCalculator(MP1, "cpu")
+    f32 = NequixCalculator(released(), "cpu")
     for i, atoms, energy, converged, steps, error in f32.relax(structures, 0.02, 500):
         _, expected_energy, *_ = ase_relaxed(structures[i], mp1, 0.02, 500)
         assert error is None and abs(energy - expected_energy) / len(atoms) < 1e-3

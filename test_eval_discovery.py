@@ -24,9 +24,9 @@ from calc import NequixCalculator
 from eval_discovery import E_DFT, E_FORM, HULL, main, metrics, read_parts, read_predictions
 from eval_discovery import read_structures, read_table, score, to_atoms
 from model import save
-from test_calc import MIXED, MP1, ase_relaxed
+from test_calc import MIXED, ase_relaxed
 from test_data import HERE
-from test_model import SHARED, needs_shared, small_model
+from test_model import SHARED, needs_shared, released, small_model
 
 SUMMARY, WBM = SHARED / "data/wbm-summary-partial.csv.gz", SHARED / "data/wbm-initial-atoms.extxyz.zip"
 COLUMNS, N = ["material_id", E_DFT, E_FORM], 12
@@ -271,9 +271,9 @@ def test_parity_with_ase(tmp_path):
     some = some[[len(atoms_of[k]) <= (12 if n > 10 else 4) for k in some.index]][:n]
     rows = list(some[COLUMNS[1:]].itertuples(name=None))
     write_csv(tmp_path / "s.csv", COLUMNS, rows)
-    files = "--weights", MP1, "--structures", WBM, "--summary", tmp_path / "s.csv", "--out", tmp_path / "run"
+    files = "--weights", released(), "--structures", WBM, "--summary", tmp_path / "s.csv", "--out", tmp_path / "run"
     main([*map(str, files), "--device", "cpu", "--precision", "float64"])
-    calc, got, off = NequixCalculator(MP1, "cpu", "float64"), predictions(tmp_path / "run"), []
+    calc, got, off = NequixCalculator(released(), "cpu", "float64"), predictions(tmp_path / "run"), []
     for k, dft, dft_e_form in rows:
         atoms, energy, converged, steps = ase_relaxed(atoms_of[k], calc, 0.02, 500)
         off.append(abs(float(got[k]["energy"]) - energy) / len(atoms))

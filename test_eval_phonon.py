@@ -26,10 +26,10 @@ import eval_phonon
 from calc import NequixCalculator
 from eval_phonon import QUANTITIES, main, mode_kappas, read_kappas, score_row
 from model import save
-from test_calc import MIXED, MP1
+from test_calc import MIXED
 from test_data import HERE
 from test_eval_discovery import error_of
-from test_model import SHARED, needs_shared, small_model
+from test_model import SHARED, needs_shared, released, small_model
 
 KAPPAS, STRUCTURES = SHARED / "data/kappas_phononDB_PBE_noNAC.json.gz", SHARED / "data/phononDB-PBE-structures.extxyz"
 
@@ -337,7 +337,7 @@ def test_published_conductivities(tmp_path):
     """nequix-mp-1 as on the leaderboard: SRME to 0.03."""
     pytest.importorskip("phono3py")
     ids = os.environ["KAPPA"].split()
-    fixed = "--weights", MP1, "--structures", STRUCTURES, "--reference", KAPPAS, "--out", tmp_path
+    fixed = "--weights", released(), "--structures", STRUCTURES, "--reference", KAPPAS, "--out", tmp_path
     main([*map(str, ("kappa", *fixed)), "--only", *ids])
     published = json.loads((SHARED / "reference/nequix-mp-1-kappa.json").read_text())["materials"]
     for m in published:
