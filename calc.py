@@ -34,7 +34,7 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import GPa
 
 import data
-from model import CONV_HELP, PRECISIONS, energy_forces_stress, load
+from model import add_options, energy_forces_stress, load
 
 SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until another pair may have come within the cutoff
 GRAPH_EDGES = 500_000  # a structure with more gets no CUDA graph, which would hold on to its memory
@@ -549,16 +549,12 @@ def check_out(path, n_frames=1):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", metavar="FILE", help="anything ASE reads, all frames")
-    p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
     p.add_argument("--relax", action="store_true", help="relax positions and cell first")
     p.add_argument("--fmax", type=float, default=0.02, help="with --relax: force to reach, eV/A (default: 0.02)")
     p.add_argument("--steps", type=int, default=500, help="with --relax: at most so many (default: 500)")
     p.add_argument("--symprec", type=float, help="with --relax: keep the symmetry found at this precision, A")
     p.add_argument("--out", help="write the structures with their results, in the format of its suffix (.extxyz, ...)")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of the network's arithmetic")
-    p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    p.add_argument("--conv", choices=["auto", "fused", "oeq", "torch"], default="auto", help=CONV_HELP)
+    add_options(p)
     a, out, failed = p.parse_args(argv), {}, 0
     try:
         frames = list(read(a.files))

@@ -690,10 +690,11 @@ def fetch_mptrj(path, out, split, workers=None):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    sample = commands.add_parser("sample", help="5,217 DFT frames, fetched with pip")
-    mptrj = commands.add_parser("mptrj", help="MPtrj, 1.58 M frames")
+    command = lambda name, text: commands.add_parser(name, help=text, description=text)
+    sample = command("sample", "5,217 DFT frames, fetched with pip (27 MB)")
+    mptrj = command("mptrj", "MPtrj, 1.58 M frames, fetched from figshare")
     mptrj.add_argument("--zip", help="pack this zip (either of the two on figshare), download nothing")
-    files = commands.add_parser("pack", help="any files that ASE reads")
+    files = command("pack", "labelled frames from any files that ASE reads, or zips of them")
     files.add_argument("files", nargs="+")
     files.add_argument("--bad", choices=["fail", "skip"], default="fail", help="what to do about frames with problems")
     what = "a frame is bad above these: |energy| in eV/atom, force in eV/A, |stress| in eV/A^3 (default: 1000 100 10)"
@@ -702,8 +703,8 @@ def main():
         q.add_argument("--out", default=out, required=out is None, help="folder of the packed set")
         q.add_argument("--workers", type=int, help="processes (default: one a core)")
     for q in (mptrj, files):
-        q.add_argument("--split", choices=["frame", "material"], default="frame", help="draw validation by this")
-        q.add_argument("--val", type=float, default=0.05, help="share of validation")
+        q.add_argument("--split", choices=["frame", "material"], default="frame", help="what is drawn to validate on")
+        q.add_argument("--val", type=float, default=0.05, help="share to validate on (default: 0.05)")
     a = p.parse_args()
     try:
         if Path(a.out).exists():

@@ -41,6 +41,7 @@ from tqdm import tqdm
 import data
 from calc import NequixCalculator
 from eval_discovery import keep_settings, save
+from model import add_options
 
 # Figshare's number, file, md5; from data-files.yml of matbench-discovery.
 STRUCTURES = 52179965, "data/phonon/2024-11-09-phononDB-PBE-103-structures.extxyz", "0b149802835e260aa3ab0c7e3c88625b"
@@ -519,28 +520,32 @@ def check_out(a, sources, calc):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = p.add_subparsers(dest="task", required=True)
-    mdr, kappa = (tasks.add_parser(k, description="see eval_phonon.py -h") for k in ("mdr", "kappa"))
+    about = dict(mdr="phonons against those of DFT, of the MDR benchmark or of your files")
+    about |= dict(kappa="thermal conductivity of 103 materials against that of DFT, and its SRME")
+    mdr, kappa = (tasks.add_parser(k, help=text, description=text) for k, text in about.items())
     what = "phonopy yaml (.bz2, .xz, .gz) with DFT forces, or .json (.gz) of structures and C_V (default: fetched)"
     mdr.add_argument("files", nargs="*", metavar="FILE_OR_FOLDER", help=what)
-    mdr.add_argument("--functional", default="PBE", help="of the reference, printed with the scores (default: PBE)")
+    mdr.add_argument(
+        "--functional", default="PBE", help="that of the DFT reference, printed with the scores (default: PBE)"
+    )
     mdr.set_defaults(score=None)
     kappa.add_argument("--structures", help="extxyz with supercells and q-meshes (default: fetched)")
     kappa.add_argument("--reference", help=".json.gz of DFT conductivities (default: fetched)")
-    kappa.add_argument("--only", nargs="+", metavar="ID", help="these materials")
+    kappa.add_argument("--only", nargs="+", metavar="ID", help="only materials of these ids")
     kappa.add_argument("--score", metavar="JSON", help="score these conductivities, calculate nothing")
     for q, fmax, displacement in ((mdr, 0.0025, 0.01), (kappa, 0.02, 0.03)):
-        q.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
-        q.add_argument("--out", type=Path, help="folder (default: runs/mdr or runs/kappa)")
+        q.add_argument("--out", type=Path, help="folder of the results (default: runs/mdr or runs/kappa)")
         q.add_argument("--stage", choices=["forces", "transport"], help="only this one (default: both in turn)")
         q.add_argument("--workers", type=int, default=os.cpu_count(), help="CPU processes (default: as many as cores)")
-        q.add_argument("--n", type=int, help="so many materials at random, the same each time")
-        q.add_argument("--fmax", type=float, default=fmax, help=f"eV/A (default: {fmax})")
-        q.add_argument("--steps", type=int, default=500, help="of a relaxation, at most (default: 500)")
-        q.add_argument("--displacement", type=float, default=displacement, help=f"A (default: {displacement})")
-        q.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-        q.add_argument("--precision", choices=["float32", "tf32", "float64"], default="float32", help="default float32")
-        q.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="--precision tf32")
-        q.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
+        q.add_argument("--n", type=int, help="so many materials, drawn at random, the same each time (default: all)")
+        q.add_argument(
+            "--fmax", type=float, default=fmax, help=f"largest force after a relaxation, eV/A (default: {fmax})"
+        )
+        q.add_argument("--steps", type=int, default=500, help="steps of a relaxation, at most (default: 500)")
+        q.add_argument(
+            "--displacement", type=float, default=displacement, help=f"of atoms, A (default: {displacement})"
+        )
+        add_options(q)
     a = p.parse_args(argv)
     a.out = a.out or Path("runs") / a.task
     try:

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--out", default="", help="folder of the run (default: runs/ and the name of the set)")
 
     add = p.add_argument_group("model").add_argument
-    add("--init", default="", metavar="WEIGHTS", help="fine-tune these: a released name or a file")
+    add("--init", default="", metavar="WEIGHTS", help=f"fine-tune these: {nequix.WEIGHTS_HELP}")
     add("--hidden", default="128x0e+64x1o+32x2e+32x3o", help="irreps of the hidden features")
     add("--lmax", default=3, type=int, help="highest degree of the spherical harmonics")
     add("--layers", default=4, type=int, help="message-passing layers")
@@ -66,29 +66,32 @@ def parse_args(argv=None):
     add("--epochs", default=100.0, type=float, help="passes over the training frames")
     add("--steps", default=0, type=int, help="number of steps, in place of --epochs")
     add("--batch", default=256, type=int, help="structures in a step, on all ranks together")
-    add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon: Adam for the weights of norms")
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon takes Adam for the weights of norms")
     add("--lr", default=0.01, type=float, help="peak learning rate")
     add("--norm-lr", default=1.0, type=float, help="learning rate of the weights of norms, in units of --lr")
-    add("--decay", default="cosine", choices=["cosine", "linear"], help="of --lr to 1e-6, after 0.1 epoch of warm-up")
-    add("--weight-decay", default=1e-3, type=float, help="of the matrices; multiplied by the learning rate")
+    add(
+        "--decay",
+        default="cosine",
+        choices=["cosine", "linear"],
+        help="way of --lr to 1e-6, after 0.1 epoch of warm-up",
+    )
+    add("--weight-decay", default=1e-3, type=float, help="decay of the matrices, times the learning rate")
     add("--grad-clip", default=100.0, type=float, help="largest norm of the gradient")
     add("--ema", default=0.999, type=float, help="decay of the averaged weights, at most (1+t)/(10+t)")
-    add("--energy-weight", default=20.0, type=float, help="in the loss, of the mean |dE|/atom in eV")
-    add("--force-weight", default=20.0, type=float, help="in the loss, of the mean length of dF in eV/A")
-    add("--stress-weight", default=5.0, type=float, help="in the loss, of the mean |component of d stress| in eV/A^3")
-    add("--seed", default=0, type=int, help="of the initial weights and the order of the data")
+    add("--energy-weight", default=20.0, type=float, help="weight of the mean |dE|/atom in the loss, eV")
+    add("--force-weight", default=20.0, type=float, help="weight of the mean length of dF, eV/A")
+    add("--stress-weight", default=5.0, type=float, help="weight of the mean |component of d stress|, eV/A^3")
+    add("--seed", default=0, type=int, help="seed of the initial weights and the order of the data")
 
-    add = p.add_argument_group("machine").add_argument
-    add("--precision", default="float32", choices=list(nequix.PRECISIONS), help="of the network's arithmetic")
-    add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    add("--conv", default="auto", choices=["auto", "fused", "oeq", "torch"], help=nequix.CONV_HELP)
-    add("--device", default="", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    group = p.add_argument_group("machine")
+    nequix.add_options(group, "device precision conv")
+    add = group.add_argument
     add("--max-edges", default=0, type=int, help="edges in a micro-batch (default: by the free memory)")
     add("--eval-every", default=0, type=int, help="steps between validations (default: an epoch, or less)")
     add("--save-every", default=60.0, type=float, help="seconds between checkpoints")
 
     for action in p._actions:
-        if action.default not in (None, "", 0, False, argparse.SUPPRESS):
+        if action.default not in (None, "", 0, False, argparse.SUPPRESS) and "default" not in action.help:
             action.help += " (default: %(default)s)"
     if p.parse_known_args(argv)[0].recipe == "fast":
         p.set_defaults(**FAST)

@@ -53,13 +53,12 @@ def refitted_e0(model, packed, indices, max_edges):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("weights", help="a released name, an .nqx file or a model.pt")
+    p.add_argument("weights", help=nequix.WEIGHTS_HELP)
     p.add_argument("--data", required=True, help="a packed set")
     p.add_argument("--frames", type=int, help="number of frames, drawn at random (default: all)")
     p.add_argument("--test", action="store_true", help="the test split, in place of validation")
     p.add_argument("--refit-e0", metavar="FILE", help="write the weights there, with E0s fitted to the training frames")
-    p.add_argument("--precision", choices=list(nequix.PRECISIONS), default="float32", help="default: float32")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    nequix.add_options(p, "device precision")
     a = p.parse_args()
     try:
         device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
