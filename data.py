@@ -227,7 +227,7 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     if len(problems) > 20:
         print(f"... and {len(problems) - 20} more")
     if problems and bad == "fail":
-        raise ValueError(f"{len(problems)} frames are unusable; --bad skip drops them")
+        raise ValueError(f"unusable frames: {len(problems)}; --bad skip drops them")
     if len(problems) == n_read:
         raise ValueError(f"no usable frame in {', '.join(map(str, files))}")
 
@@ -239,7 +239,7 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     a["split"] = split(a, n_read).astype(np.uint8)
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
     counts |= dict(skipped=len(problems), duplicates=duplicates, atoms=len(a["numbers"]))
-    counts["frames without stress"] = int(np.isnan(a["stress"]).any((1, 2)).sum())
+    counts["without stress"] = int(np.isnan(a["stress"]).any((1, 2)).sum())
     hashes = {name: digest(f, "sha256") for name, f in zip(names_of(files), files)}
     write_set(out, a, dict(source=source, sha256=hashes, cutoff=CUTOFF, counts=counts))
     return n_read
@@ -620,7 +620,9 @@ def fetch_sample(out="data/sample", workers=None, more=()):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         if not (folder / name).exists():
-            print("fetching mattersim==1.2.3 with pip (27 MB; pip prepares its metadata too, which takes a while)")
+            print(
+                f"fetching mattersim==1.2.3 with pip to {folder.resolve()} (27 MB; pip prepares it, which takes a while)"
+            )
             what = "download --no-deps --no-binary mattersim mattersim==1.2.3"
             subprocess.run([sys.executable, "-m", "pip", "-q", *what.split(), "-d", tmp])
             if not (Path(tmp) / name).exists():

@@ -386,9 +386,7 @@ def add_options(p, names="weights device precision conv"):
     if "device" in names:
         add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     if "precision" in names:
-        add(
-            "--precision", choices=list(PRECISIONS), default="float32", help=f"of the arithmetic in the network {default}"
-        )
+        add("--precision", choices=list(PRECISIONS), default="float32", help=f"arithmetic of the network {default}")
         add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
     if "conv" in names:
         what = "convolution: fused CUDA kernels, OpenEquivariance or plain torch; auto: the fastest that works here"

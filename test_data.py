@@ -240,9 +240,9 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
     said = pack(tmp_path, "frames.traj", "text.extxyz", ok=False)
     for k, (reason, _) in enumerate(BAD.values(), 1):
         assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
-    assert "bad: text.extxyz#0: cannot be read" in said and "13 frames are unusable" in said
+    assert "bad: text.extxyz#0: cannot be read" in said and "unusable frames: 13;" in said
     said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")  # which fails if there was a set
-    assert "13 skipped" in said and "1 frames without stress" in said
+    assert "13 skipped" in said and "1 without stress" in said
     assert data.PackedSet(tmp_path / "set").has_stress.tolist() == [True, False]
     with pytest.raises(ValueError, match="stress is not symmetric"):
         data.frame_arrays(labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3)), "a.xyz#0", ())
@@ -294,7 +294,7 @@ def test_bad_files_give_one_line(tmp_path):
     bad = "empty.extxyz", "text.extxyz", "latin.extxyz", "damaged.zip"
     said = pack(tmp_path, *bad, ok=False)
     assert all(f"bad: {name}" in said for name in bad)
-    assert said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
+    assert said.splitlines()[-1] == "error: unusable frames: 4; --bad skip drops them"
     assert "error: [Errno 2] No such file" in pack(tmp_path, "none.extxyz", ok=False)
     assert "--val is a share, between 0 and 1, not 5" in pack(tmp_path, "text.extxyz", "--val", "5", ok=False)
     said = run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)

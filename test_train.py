@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +215,39 @@ def test_the_log_proves_the_run(packed, uninterrupted):
     assert [line.split()[0] for line in lines] == ["step=0/40", "step=20/40", "step=40/40"]
     for unit in ("meV/atom", "meV/A", "meV/A^3/atom", "loss=", "train_s=", "structures/s"):
         assert all(unit in line for line in lines[1:])
+    rows = (uninterrupted / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,energy_mev_atom,force_mev_A,stress_mev_A3_atom,train_s,loss,gpu_h" and len(rows) == 4
+    for row, line in zip(rows[1:], lines):  # the same numbers, by their names
+        row, text = row.split(","), dict(re.findall(r"(\w+)=([\d.]+)", line))
+        names = "step energy forces stress".split() + (["train_s", "loss"] if row[0] != "0" else [])
+        assert all(float(x) == pytest.approx(float(text[k]), abs=0.06) for x, k in zip(row, names))
+
+
+def test_sources_are_in_the_log_once_and_the_screen_says_where_it_writes(packed, tmp_path, capsys, monkeypatch):
+    out, source = tmp_path / "run", (HERE / "train.py").read_text()
+    with pytest.raises(KeyboardInterrupt):
+        a = parse_args([str(x) for x in command(packed, out, "--steps", "40000000")[1:]])
+        train(a, torch.device("cpu"), 0, 1, told=[0.0])
+    said = capsys.readouterr().out
+    assert re.search(r"on this CPU about [\d.e-]+ s a step, \d+ days?, .* in all; the README's first command", said)
+    shutil.rmtree(out)
+    go(packed, out, "--steps", "4", "--eval-every", "2")
+    (out / "state.pt").unlink()  # killed before the first checkpoint
+    (out / "curve.png").unlink()
+    go(packed, out, "--steps", "4", "--eval-every", "2")
+    said = capsys.readouterr().out
+    assert re.search(r"on this CPU about [\d.e-]+ s a step, 0:00:\d\d in all\n", said)
+    assert f"in {out}: model.pt (averaged weights), log.txt, log.csv, curve.png, state.pt (to resume)\n" in said
+    log = (out / "log.txt").read_text()
+    assert (
+        log.count(source) == 1 and len(re.findall(r"sources: sha256 \w{64}", log)) == 2 and (out / "curve.png").exists()
+    )
+    monkeypatch.setattr("train.sources", lambda: ("edited\n", "of others"))
+    with pytest.raises(ValueError, match="ended with other sources"):
+        go(packed, out, "--steps", "4", "--eval-every", "2")
+    (out / "state.pt").unlink()
+    go(packed, out, "--steps", "4", "--eval-every", "2")
+    assert "edited\n====" in (out / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--no-norm"], ["--optimizer", "adamw", "--no-norm"]])
@@ -326,7 +361,7 @@ def test_only_elements_that_were_trained_on(tmp_path, capsys, monkeypatch):
     go(tmp_path / "set", tmp_path / "run", "--steps", "3")
     left_out = "validation leaves out frames with elements that are not trained on: atomic numbers [32]\n"
     said = capsys.readouterr().out
-    assert left_out in said and "16 training and 3 validation frames" in said
+    assert left_out in said and "training frames: 16, to validate on: 3;" in said
     model = nequix.load(tmp_path / "run/model.pt", precision="float64")
     assert model.config["atomic_numbers"] == [14] and len(model.e0) == 1
     with pytest.raises(ValueError, match="lacks: Ge"):
@@ -345,7 +380,7 @@ def test_only_elements_that_were_trained_on(tmp_path, capsys, monkeypatch):
     nequix.save(tmp_path / "more.pt", small_model(atomic_numbers=[14, 32], atom_energies=[0.0, 0.0]))
     more = ["--init", tmp_path / "more.pt", "--data", tmp_path / "set", "--out", tmp_path / "more", "--steps", "1"]
     train(parse_args([str(x) for x in more]), torch.device("cpu"), 0, 1)  # which know both
-    assert "4 validation frames" in capsys.readouterr().out
+    assert "to validate on: 4;" in capsys.readouterr().out
     assert nequix.load(tmp_path / "more/model.pt").config["atomic_numbers"] == [14, 32]
 
 

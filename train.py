@@ -5,7 +5,8 @@
     python train.py --init nequix-mp-1 --data data/mine --lr 5e-3 --epochs 10                 # fine-tuning
 
 The defaults are Table A.1 of the paper. The same command resumes a run from its last checkpoint: bit for bit on a CPU,
-to rounding on CUDA. In --out: log.txt (sources, machine, errors), model.pt (averaged weights), curve.png, state.pt.
+to rounding on CUDA. In --out: log.txt (sources, machine, errors), log.csv (the numbers), model.pt (averaged weights),
+curve.png, state.pt (the checkpoint).
 """
 
 import argparse
@@ -339,9 +340,12 @@ def sources():
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_header(a, packed, model, ranks):
-    """What it takes to reproduce a run: sources, machine, versions, data, settings."""
+def run_header(a, packed, model, ranks, written):
+    """What it takes to reproduce a run: sources if they are not in what is `written` before, machine, versions, data,
+    settings."""
     (text, sha256), machine = sources(), platform.processor() or platform.machine()
+    if f"sources: sha256 {sha256}" in written:
+        text = ""
     if packed.device.type == "cuda":
         machine = torch.cuda.get_device_name(packed.device)
         with contextlib.suppress(FileNotFoundError):
@@ -355,18 +359,24 @@ def run_header(a, packed, model, ranks):
     )
 
 
-def draw_curve(path, history, baseline):
-    import matplotlib.pyplot as plt
+def write_history(out, history):
+    """log.csv and curve.png: history has [step, MAEs, s, MAEs of the E0s] and, after the first, mean loss and GPU-hours."""
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    rows = ["step,energy_mev_atom,force_mev_A,stress_mev_A3_atom,train_s,loss,gpu_h"]
+    rows += [",".join(f"{x:.9g}" for x in (h[0], *h[1], h[2], *h[4:])) for h in history]
+    (out / "log.csv").write_text("\n".join(rows) + "\n")
+    figure = Figure(figsize=(15, 3.5), layout="constrained")
+    *axes, last = figure.subplots(1, 4)
     units = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A$^3$/atom)"
     for k, (axis, unit) in enumerate(zip(axes, units)):
         axis.semilogy([h[0] for h in history], [h[1][k] for h in history], "o-", ms=3)
-        axis.axhline(baseline[k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
+        axis.axhline(history[-1][3][k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
         axis.set(xlabel="step", ylabel=unit)
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    last.semilogy([h[0] for h in history if len(h) > 4], [h[4] for h in history if len(h) > 4], "o-", ms=3)
+    last.set(xlabel="step", ylabel="training loss")
+    figure.savefig(out / "curve.png", dpi=120)
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
@@ -447,6 +457,7 @@ def train(a, device, rank, ranks, told=()):
             ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
             where = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
             raise ValueError(f"the loss {found[1]} at step {s} ({last[found[0]]}); {where}; frames: {ids}")
+        bar.set_postfix_str(f"loss {last[-1]:.3f}")
         return last
 
     def save(*current):
@@ -470,17 +481,19 @@ def train(a, device, rank, ranks, told=()):
         mae, baseline = evaluate(trainer.ema, packed, val_frames, half, rank, ranks)
         errors = f"energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
         text = f"step={step}/{total} {errors}"
-        if history:
-            rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
-            loss = fmean(last_losses()[history[-1][0] - step :])
+        history.append([step, mae, train_s, baseline])
+        if step:
+            rate = (step - history[-2][0]) * a.batch / (train_s - history[-2][2])
+            loss = fmean(last_losses()[history[-2][0] - step :])
+            history[-1] += [loss, gpu_h]
             text += f" loss={loss:.3f} train_s={train_s:.1f} rate={rate:.1f} structures/s"
             if device.type == "cuda":
                 text += f" gpu_h={gpu_h:.4f} memory={torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
             if rank == 0:
                 nequix.save(out / "model.pt", trainer.ema)
+                write_history(out, history)
         else:
             log(BASELINE.format(*baseline))
-        history.append([step, mae, train_s, baseline])
         log(text)
 
     @functools.lru_cache(8)
@@ -492,14 +505,15 @@ def train(a, device, rank, ranks, told=()):
     def batches_from(first):
         return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s, max_edges)))
 
-    log(run_header(a, packed, model, ranks), screen=False)
+    log_file = out / "log.txt"
+    log(run_header(a, packed, model, ranks, log_file.read_text() if log_file.exists() else ""), screen=False)
     if state:
         edited = ", with other sources than before: see above" * (state["sources_sha256"] != sources_sha256)
         log(f"resumed at step {step} of {total}{edited}")
     else:
-        frames = f"{len(train_frames)} training and {len(val_frames)} validation frames"
         if others:
             log(f"validation leaves out frames with elements that are not trained on: atomic numbers {others}")
+        frames = f"training frames: {len(train_frames)}, to validate on: {len(val_frames)}"
         log(f"{frames}; {total} steps of {a.batch}; {ranks} rank(s)")
 
     # Warm-up, outside the clock: kernels are compiled; a CUDA graph is captured with room for the next 1,000 steps.
@@ -511,6 +525,16 @@ def train(a, device, rank, ranks, told=()):
         with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():  # the first step will halve them
             for n in (packed.n_atoms, packed.n_edges):
                 trainer.accumulate(packed.batch(max(soon, key=lambda p: n[p].sum())), np.ones(3))
+    if device.type == "cpu" and step < total and rank == 0:
+        piece = pieces_of(step, max_edges)[0]
+        for some in (piece[:1], piece):  # the first call sets things up
+            began = time.perf_counter()
+            trainer.accumulate(packed.batch(some), np.ones(3))
+        seconds = (time.perf_counter() - began) / max(packed.n_edges[piece].sum(), 1)  # an edge
+        seconds *= packed.n_edges[train_frames].mean() * a.batch / ranks
+        left = timedelta(seconds=round((total - step) * seconds))
+        small = "; the README's first command trains a model that suits a CPU" * (left > timedelta(hours=1))
+        log(f"on this CPU about {seconds:.3g} s a step, {left} in all{small}")
     if not history:
         validate()
 
@@ -544,11 +568,11 @@ def train(a, device, rank, ranks, told=()):
             validate()
             start = time.perf_counter()
     bar.close()
-    _, mae, _, baseline = history[-1]
+    _, mae, _, baseline, *_ = history[-1]
     if rank == 0:
         if saved < step:
             save()
-        draw_curve(out / "curve.png", history, baseline)
+        print(f"in {out.resolve()}: model.pt (averaged weights), log.txt, log.csv, curve.png, state.pt (to resume)")
     log(BASELINE.format(*baseline))
     log(
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
@@ -579,7 +603,7 @@ def main():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if not a.data:
             if rank == 0:
-                print(f"data: {default_data()}")  # fetched if it is not there
+                print(f"data: {Path(default_data()).resolve()}")  # fetched if it is not there
             if ranks > 1:
                 dist.barrier()
             a.data = default_data()
