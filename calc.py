@@ -17,6 +17,7 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import importlib
 import math
 import os
 import sys
@@ -562,6 +563,8 @@ def main(argv=None):
             raise ValueError(f"no structures in {', '.join(a.files)}")
         if a.out:
             check_out(a.out, len(frames))
+        if a.relax and a.symprec is not None:
+            importlib.import_module("spglib")  # should it be missing, now
         calc = NequixCalculator(a.weights, a.device, a.precision, a.conv)
         print(f"{a.weights}, {calc.model.precision}, convolution {calc.model.chosen_conv()}, device {calc.device}")
         if a.relax and not all(atoms.pbc.all() for _, atoms in frames):
@@ -587,7 +590,7 @@ def main(argv=None):
             if a.out and out:
                 ase.io.write(a.out, [out[i] for i in sorted(out)])
     except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {e}{f': pip install {e.name}' if isinstance(e, ImportError) else ''}")
     except KeyboardInterrupt:
         sys.exit(130)
     if failed:

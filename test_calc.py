@@ -467,6 +467,11 @@ def test_command_line(weights, command, tmp_path):
         with pytest.raises(ValueError, match=words):
             calc_module.check_out(tmp_path / name, 2)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "spglib", None)
+        said = command(cif, "--relax", "--symprec", 0.01, ok=False)
+    assert said == "error: import of spglib halted; None in sys.modules: pip install spglib\n"
+
     ase.io.write(tmp_path / "bad.traj", [bulk("Si"), Atoms("Fe"), bulk("Si")])
     said = command(tmp_path / "bad.traj", ok=False)
     assert "error: elements that the model lacks: Fe" in said and said.endswith("error: 1 of 3 structures failed\n")
