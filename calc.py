@@ -340,7 +340,8 @@ SkinList = namedtuple("SkinList", "batch numbers pbc positions given_cell cell i
 
 class NequixCalculator(Calculator):
     """weights: a released name, an .nqx file or a model.pt; device: default CUDA if there is one; precision of the network:
-    "float32", "tf32" (faster on CUDA, less exact) or "float64"; conv: as in model.choose_conv. Raises OSError or ValueError."""
+    "float32", "tf32" (faster on CUDA, less exact) or "float64"; conv: as in model.choose_conv. Raises OSError or ValueError.
+    A forked process goes on with one thread; not on CUDA, which torch refuses there: start processes by "spawn"."""
 
     implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]
 
