@@ -136,6 +136,8 @@ def frame_arrays(atoms, name, limits):
     check_geometry(atoms)
     results = atoms.calc.results if atoms.calc else {}
     labels = {k: results.get(k) for k in ("energy", "forces", "stress")}
+    if labels["stress"] is None and atoms.pbc.all() and "virial" in atoms.info:
+        raise ValueError("a virial but no stress, which is -virial / volume in ASE")
     if labels["stress"] is None or not atoms.pbc.all():
         labels.pop("stress")
     elif np.shape(labels["stress"]) == (6,):
@@ -144,7 +146,9 @@ def frame_arrays(atoms, name, limits):
     for what, label in labels.items():
         numbers = np.shape(label) == shapes[what] and np.asarray(label).dtype.kind in "fiu"
         if not (numbers and np.isfinite(label).all()):
-            raise ValueError(f"{what} not there, not finite, or not numbers of shape {shapes[what]}")
+            like = [k for k in (*results, *atoms.info, *atoms.arrays) if what[:5] in k.lower() and k != what]
+            hint = f"; there is {', '.join(like)}" if like else ""
+            raise ValueError(f"{what} not there, not finite, or not numbers of shape {shapes[what]}{hint}")
     energy, forces, stress = labels["energy"], labels["forces"], labels.get("stress", np.full((3, 3), np.nan))
     sizes = abs(energy) / len(atoms), np.linalg.norm(forces, axis=1).max(), np.abs(stress).max()
     units = "energy of {:.1f} eV/atom (meV?)", "force of {:.1f} eV/A (meV/A?)", "stress of {:.1f} eV/A^3 (GPa or kbar?)"

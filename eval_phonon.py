@@ -156,7 +156,8 @@ def read_mdr(path, entry):
     if not np.isfinite(forces).all():
         raise ValueError(f"{path.name}: the forces are not finite")
     m = dict(atoms=atoms, magnetic_moments=x.magnetic_moments, dataset=y.dataset)
-    return m | dict(supercell=y.supercell_matrix, primitive=y.primitive_matrix)
+    primitive = "auto" if y.primitive_matrix is None else y.primitive_matrix
+    return m | dict(supercell=y.supercell_matrix, primitive=primitive)
 
 
 def read_kappa(path):

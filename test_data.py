@@ -218,6 +218,8 @@ def test_other_formats_and_constraints(tmp_path):
 
 BAD = {
     "no labels": ("energy not there", bulk("Si")),
+    "a name of its own": ("energy not there, not finite, or not numbers of shape (); there is REF_energy", bulk("Si")),
+    "a virial": ("a virial but no stress", labelled(bulk("Si"), stress=False, virial=np.eye(3))),
     "NaN energy": ("energy not there, not finite", labelled(bulk("Si"), np.nan)),
     "NaN forces": ("forces not there, not finite", labelled(bulk("Si"), forces=np.full((2, 3), np.nan))),
     "NaN stress": ("stress not there, not finite", labelled(bulk("Si"), stress=np.full(6, np.nan))),
@@ -231,6 +233,8 @@ BAD = {
     "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
 }
 
+BAD["a name of its own"][1].info["REF_energy"] = -1.0
+
 
 def test_bad_frames_are_named_and_skipped(tmp_path):
     good = [labelled(bulk("Si", a=5.4)), labelled(bulk("Si", a=5.5), stress=False)]
@@ -240,9 +244,9 @@ def test_bad_frames_are_named_and_skipped(tmp_path):
     said = pack(tmp_path, "frames.traj", "text.extxyz", ok=False)
     for k, (reason, _) in enumerate(BAD.values(), 1):
         assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
-    assert "bad: text.extxyz#0: cannot be read" in said and "unusable frames: 13;" in said
+    assert "bad: text.extxyz#0: cannot be read" in said and "unusable frames: 15;" in said
     said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")  # which fails if there was a set
-    assert "13 skipped" in said and "1 without stress" in said
+    assert "15 skipped" in said and "1 without stress" in said
     assert data.PackedSet(tmp_path / "set").has_stress.tolist() == [True, False]
     with pytest.raises(ValueError, match="stress is not symmetric"):
         data.frame_arrays(labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3)), "a.xyz#0", ())

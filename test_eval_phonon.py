@@ -386,6 +386,11 @@ def test_what_is_wrong_with_a_material(files, tmp_path):
     (tmp_path / "random.yaml").write_text(text + "dataset:\n  displacements: [[[0, 0, 0]]]\n")
     with pytest.raises(ValueError, match="random.yaml has random displacements .phonopy's type 2"):
         eval_phonon.read_mdr(tmp_path / "random.yaml", {})
+    text = (files / "mdr/mp-0.yaml").read_text()
+    for first, end in (("primitive_matrix:", "supercell_matrix:"), ("primitive_cell:", "unit_cell:")):
+        text = text[: text.index(first)] + text[text.index(end) :]
+    (tmp_path / "unit.yaml").write_text(text)  # phonopy's default has changed
+    assert eval_phonon.read_mdr(tmp_path / "unit.yaml", {})["primitive"] == "auto"
     site = lambda *species: dict(species=[dict(element=e, occu=x) for e, x in species], xyz=[0, 0, 0])
     structure = lambda last: dict(lattice=dict(matrix=np.eye(3) * 4), sites=[site(("Na", 1)), last])
     assert str(eval_phonon.from_pymatgen(structure(site(("Cl", 1.0))), "x").symbols) == "NaCl"
