@@ -590,6 +590,7 @@ def main(argv=None):
         finally:  # what was finished, also when interrupted
             if a.out and out:
                 ase.io.write(a.out, [out[i] for i in sorted(out)])
+                print(f"structures written to {a.out}: {len(out)}")
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}{f': pip install {e.name}' if isinstance(e, ImportError) else ''}")
     except KeyboardInterrupt:

@@ -144,7 +144,9 @@ def relax(a, materials, calc, rank, ranks):
     if rank == 0:
         device = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "cpu"
         about = f"{calc.model.precision}, convolution {calc.model.chosen_conv()}, fmax {a.fmax:g} eV/A, {a.steps} steps"
-        print(f"{a.weights}, {ranks} x {device}, {about}; done before: {len(done & {*materials})} of {len(materials)}")
+        print(
+            f"{a.weights}, {ranks} x {device}, {about}; done before: {len(done & {*materials})} of {len(materials)}; to {a.out}"
+        )
     if not left:
         return
     (a.out / "parts").mkdir(exist_ok=True)

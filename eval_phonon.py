@@ -248,7 +248,9 @@ def forces_stage(a, materials, settings, calc, mapped):
     waiting = deque((k, None, 0) for k, file in files.items() if not file.exists())  # id, atoms, steps so far
     n, start, conv = len(waiting), time.perf_counter(), calc.model.chosen_conv()
     about = ", ".join(f"{k} {v}{dict(fmax=' eV/A', displacement=' A').get(k, '')}" for k, v in settings.items())
-    print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}, conv {conv}; {about}")
+    print(
+        f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}, conv {conv}; {about}; to {a.out}"
+    )
     how = dict(symprec=REFINE, cell_mask=[1, 1, 1, 0, 0, 0] if a.task == "kappa" else None)
     bar = tqdm(desc="forces", total=len(files), initial=len(files) - n, unit="material", disable=None)
 

@@ -237,7 +237,8 @@ BAD["a name of its own"][1].info["REF_energy"] = -1.0
 
 
 def test_bad_frames_are_named_and_skipped(tmp_path):
-    good = [labelled(bulk("Si", a=5.4)), labelled(bulk("Si", a=5.5), stress=False)]
+    whole = {"0": {"Si": 1.0}}
+    good = [labelled(bulk("Si", a=5.4), occupancy=whole), labelled(bulk("Si", a=5.5), stress=False)]
     ase.io.write(tmp_path / "frames.traj", [good[0], *[atoms for _, atoms in BAD.values()], good[1]])
     text = "1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n"
     (tmp_path / "text.extxyz").write_text(text)
