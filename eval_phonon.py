@@ -155,9 +155,8 @@ def read_mdr(path, entry):
         raise ValueError(f"{path.name} has random displacements (phonopy's type 2), not those of one atom at a time")
     if not np.isfinite(forces).all():
         raise ValueError(f"{path.name}: the forces are not finite")
-    m = dict(atoms=atoms, magnetic_moments=x.magnetic_moments, dataset=y.dataset)
-    primitive = "auto" if y.primitive_matrix is None else y.primitive_matrix
-    return m | dict(supercell=y.supercell_matrix, primitive=primitive)
+    m = dict(atoms=atoms, magnetic_moments=x.magnetic_moments, dataset=y.dataset, supercell=y.supercell_matrix)
+    return m | dict(primitive="auto" if y.primitive_matrix is None else y.primitive_matrix)
 
 
 def read_kappa(path):
@@ -165,12 +164,10 @@ def read_kappa(path):
     out = {}
     try:
         for atoms in ase.io.iread(path, ":", format="extxyz", do_not_split_by_at_sign=True):
-            i = atoms.info
+            i = atoms.info  # calc checks the occupancy in it
             m = dict(supercell=i["fc3_supercell"], fc2_supercell=i["fc2_supercell"], name=i["name"])
             m |= dict(q_mesh=i["q_mesh" if "q_mesh" in i else "q_point_mesh"])
-            m |= dict(
-                atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info=i)
-            )  # calc checks info
+            m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info=i))
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__})") from None
@@ -248,9 +245,8 @@ def forces_stage(a, materials, settings, calc, mapped):
     waiting = deque((k, None, 0) for k, file in files.items() if not file.exists())  # id, atoms, steps so far
     n, start, conv = len(waiting), time.perf_counter(), calc.model.chosen_conv()
     about = ", ".join(f"{k} {v}{dict(fmax=' eV/A', displacement=' A').get(k, '')}" for k, v in settings.items())
-    print(
-        f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}, conv {conv}; {about}; to {a.out}"
-    )
+    print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}, conv {conv}; {about}")
+    print(f"results go to {a.out}")
     how = dict(symprec=REFINE, cell_mask=[1, 1, 1, 0, 0, 0] if a.task == "kappa" else None)
     bar = tqdm(desc="forces", total=len(files), initial=len(files) - n, unit="material", disable=None)
 
@@ -528,9 +524,7 @@ def main(argv=None):
     mdr, kappa = (tasks.add_parser(k, help=text, description=text) for k, text in about.items())
     what = "phonopy yaml (.bz2, .xz, .gz) with DFT forces, or .json (.gz) of structures and C_V (default: fetched)"
     mdr.add_argument("files", nargs="*", metavar="FILE_OR_FOLDER", help=what)
-    mdr.add_argument(
-        "--functional", default="PBE", help="that of the DFT reference, printed with the scores (default: PBE)"
-    )
+    mdr.add_argument("--functional", default="PBE", help="that of the DFT, printed with the scores (default: PBE)")
     mdr.set_defaults(score=None)
     kappa.add_argument("--structures", help="extxyz with supercells and q-meshes (default: fetched)")
     kappa.add_argument("--reference", help=".json.gz of DFT conductivities (default: fetched)")
@@ -541,13 +535,10 @@ def main(argv=None):
         q.add_argument("--stage", choices=["forces", "transport"], help="only this one (default: both in turn)")
         q.add_argument("--workers", type=int, default=os.cpu_count(), help="CPU processes (default: as many as cores)")
         q.add_argument("--n", type=int, help="so many materials, drawn at random, the same each time (default: all)")
-        q.add_argument(
-            "--fmax", type=float, default=fmax, help=f"largest force after a relaxation, eV/A (default: {fmax})"
-        )
+        q.add_argument("--fmax", type=float, default=fmax, help=f"force to relax to, eV/A (default: {fmax})")
         q.add_argument("--steps", type=int, default=500, help="steps of a relaxation, at most (default: 500)")
-        q.add_argument(
-            "--displacement", type=float, default=displacement, help=f"of atoms, A (default: {displacement})"
-        )
+        what = f"displacement of atoms, A (default: {displacement})"
+        q.add_argument("--displacement", type=float, default=displacement, help=what)
         add_options(q)
     a = p.parse_args(argv)
     a.out = a.out or Path("runs") / a.task

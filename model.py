@@ -333,8 +333,8 @@ def energy_forces_stress(model, batch, create_graph=False):
     """
     if create_graph and model.chosen_conv() == "fused":
         raise ValueError("the fused kernels have no second derivative: use conv='torch' or train.loss_and_gradient")
-    made_without = {k: t.clone() for k, t in vars(batch).items() if t is not None and t.is_inference()}
-    batch = replace(batch, **made_without)  # tensors made in inference mode take part in no derivative
+    # What was made in inference mode takes part in no derivative, but its copy does.
+    batch = replace(batch, **{k: t.clone() for k, t in vars(batch).items() if t is not None and t.is_inference()})
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad(), dense_products(model.tf32):
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)

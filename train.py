@@ -70,12 +70,7 @@ def parse_args(argv=None):
     add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon takes Adam for the weights of norms")
     add("--lr", default=0.01, type=float, help="peak learning rate")
     add("--norm-lr", default=1.0, type=float, help="learning rate of the weights of norms, in units of --lr")
-    add(
-        "--decay",
-        default="cosine",
-        choices=["cosine", "linear"],
-        help="way of --lr to 1e-6, after 0.1 epoch of warm-up",
-    )
+    add("--decay", default="cosine", choices=["cosine", "linear"], help="of --lr to 1e-6, after 0.1 epoch of warm-up")
     add("--weight-decay", default=1e-3, type=float, help="decay of the matrices, times the learning rate")
     add("--grad-clip", default=100.0, type=float, help="largest norm of the gradient")
     add("--ema", default=0.999, type=float, help="decay of the averaged weights, at most (1+t)/(10+t)")
@@ -341,8 +336,7 @@ def sources():
 
 
 def run_header(a, packed, model, ranks, written):
-    """What it takes to reproduce a run: sources if they are not in what is `written` before, machine, versions, data,
-    settings."""
+    """What it takes to reproduce a run: sources, if they are not `written` yet, machine, versions, data, settings."""
     (text, sha256), machine = sources(), platform.processor() or platform.machine()
     if f"sources: sha256 {sha256}" in written:
         text = ""
