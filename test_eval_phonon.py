@@ -21,13 +21,16 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
+import calc
 import data
+import eval_discovery
 import eval_phonon
+import train
 from calc import NequixCalculator
 from eval_phonon import QUANTITIES, main, mode_kappas, read_kappas, score_row
 from model import save
 from test_calc import MIXED
-from test_data import HERE
+from test_data import HERE, run
 from test_eval_discovery import error_of
 from test_model import SHARED, needs_shared, released, small_model
 
@@ -378,6 +381,17 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     assert "phono3py 4.2.0: later ones than 3.30 lack MS-SMM19: pip" in error_of(capsys, main, ["kappa"])
     monkeypatch.setattr(eval_phonon.metadata, "version", lambda name: version(f"no-{name}"))
     assert "for no-phonopy: pip install 'phono3py==3.30.*'" in mdr(files / "mdr")
+
+
+def test_help_names_the_weights_and_says_what_a_command_does(capsys):
+    commands = [(calc.main, []), (eval_discovery.main, []), (train.parse_args, []), (main, ["mdr"]), (main, ["kappa"])]
+    for entry, command in commands:
+        with pytest.raises(SystemExit):
+            entry([*command, "-h"])
+        said = "".join(capsys.readouterr().out.split())
+        assert "nequix-oam-1(fetchedonfirstuse),an.nqxfile" in said and "plaintorch;auto:thefastest" in said
+    assert "thermalconductivityof103materialsagainstthatofDFT" in said
+    assert "labelled frames from any files that ASE reads" in run("data.py", "pack", "-h")
 
 
 def test_what_is_wrong_with_a_material(files, tmp_path):
