@@ -113,7 +113,7 @@ def parse(job):
 
 
 def check_geometry(atoms):
-    """Raises ValueError, with the reason, if an ASE Atoms has no neighbour list, or sites that are not whole atoms."""
+    """Raises ValueError, with the reason, if there can be no neighbour list of an ASE Atoms."""
     if len(atoms) == 0:
         raise ValueError("no atoms")
     unknown = atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > 118)]
@@ -124,7 +124,7 @@ def check_geometry(atoms):
     periodic = atoms.cell.array[atoms.pbc]
     if len(periodic) and np.linalg.det(periodic @ periodic.T) < 1e-6:
         raise ValueError("a periodic cell of zero volume")
-    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files: {site: {element: share}}
+    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files, {site: {element: share}}: not whole atoms?
     for site, shares in occupancy.items() if isinstance(occupancy, dict) else ():
         if isinstance(shares, dict) and min(shares.values(), default=1) < 1:
             raise ValueError(f"site {site} is partly occupied ({', '.join(f'{k} {v:g}' for k, v in shares.items())})")
