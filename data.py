@@ -624,9 +624,7 @@ def fetch_sample(out="data/sample", workers=None, more=()):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         if not (folder / name).exists():
-            print(
-                f"fetching mattersim==1.2.3 with pip to {folder.resolve()} (27 MB; pip prepares it, which takes a while)"
-            )
+            print(f"fetching mattersim==1.2.3 with pip to {folder.resolve()} (27 MB; pip takes a while to prepare it)")
             what = "download --no-deps --no-binary mattersim mattersim==1.2.3"
             subprocess.run([sys.executable, "-m", "pip", "-q", *what.split(), "-d", tmp])
             if not (Path(tmp) / name).exists():
