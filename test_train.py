@@ -275,6 +275,19 @@ def test_validate_prints_the_errors_of_weights(packed, uninterrupted, tmp_path, 
         assert f"energy MAE {mae[0]:.2f} meV/atom, force MAE {mae[1]:.2f} meV/A, stress MAE {mae[2]:.3f}" in said
 
 
+def test_a_wrong_frame_moves_no_slope(packed, monkeypatch):
+    """Of labels in other units and of the other sign, one crystal of twelve frames a thousand times off."""
+    monkeypatch.syspath_prepend(HERE / "records")
+    import validate
+
+    model, b = small_model(), PackedSet(packed).batch(np.arange(12))
+    _, forces, stress = nequix.energy_forces_stress(model, b)
+    off = torch.ones(12).index_fill(0, torch.tensor(2), 1000.0)
+    b.forces, b.stress = 160 * forces * off[b.structure, None], -stress * off[:, None, None]
+    monkeypatch.setattr(validate, "prefetch", lambda *_: [b])
+    assert validate.slopes(model, None, None) == pytest.approx([160, -1])
+
+
 def test_scripts_of_the_records(uninterrupted, monkeypatch):
     """They read what train.py writes; the statistics of three runs, by hand."""
     monkeypatch.syspath_prepend(HERE / "records")
