@@ -41,7 +41,7 @@ from ase.optimize import FIRE
 
 from calc import NequixCalculator, read
 from data import TRAIN, PackedSet, deal, prefetch, step_indices
-from model import Nequix
+from model import Nequix, add_options
 from muon import Muon
 from train import Trainer, label_counts
 
@@ -468,14 +468,9 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     shared = {k: argparse.ArgumentParser(add_help=False) for k in ("device", "weights", "precision", "conv", "race")}
     group = {k: parser.add_argument_group("model and device") for k, parser in shared.items()}
-    group["device"].add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    group["weights"].add_argument("--weights", default="nequix-mp-1", help="a name, an .nqx file or a model.pt")
-    choices = ["float32", "tf32", "float64"]
-    add = group["precision"].add_argument
-    add("--precision", choices=choices, default="float32", help="default: float32")
-    add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    group["conv"].add_argument("--conv", choices=["auto", *OURS], default="auto", help="convolution (default: auto)")
-    group["race"].add_argument("--models", nargs="+", default=OURS, help="default: fused oeq torch")
+    for k in group:
+        add_options(group[k], k)
+    group["race"].add_argument("--models", nargs="+", default=OURS, help="models to time (default: fused oeq torch)")
     add = shared["race"].add_argument_group("timing and results").add_argument
     add("--steps", type=int, default=20, help="timed steps (default: 20)")
     add("--limit", type=float, default=300, help="s, for one model at one size, start included (default: 300)")
@@ -483,7 +478,8 @@ def main():
     add("--out", type=Path, default=Path("runs/speed"), help="folder of the results (default: runs/speed)")
 
     def command(run, help, parents):
-        parser = commands.add_parser(run.__name__, help=help, parents=[shared[k] for k in parents.split()])
+        parents = [shared[k] for k in parents.split()]
+        parser = commands.add_parser(run.__name__, help=help, description=help, parents=parents)
         parser.set_defaults(run=run)
         return parser.add_argument
 

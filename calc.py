@@ -17,7 +17,9 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import importlib
 import math
+import os
 import sys
 from collections import deque, namedtuple
 from pathlib import Path
@@ -33,12 +35,14 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import GPa
 
 import data
-from model import CONV_HELP, PRECISIONS, energy_forces_stress, load
+from model import add_options, energy_forces_stress, load
 
 SKIN = 0.5  # A: edges up to cutoff + SKIN are listed, and serve until another pair may have come within the cutoff
 GRAPH_EDGES = 500_000  # a structure with more gets no CUDA graph, which would hold on to its memory
 COLLAPSED = 0.5  # A^3 an atom: a relaxation that comes below it has failed, and its edges would fill the memory
 NOT_FINITE = "the energy is not finite: two atoms at one place?"
+# A fork has none of its parent's OpenMP threads, and would wait for them forever. With one thread it asks for none.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Neighbour list with a skin
@@ -329,10 +333,6 @@ def check(atoms, model):
     unknown = set(atoms.numbers.tolist()) - set(model.config["atomic_numbers"])
     if unknown:
         raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
-    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files: {site: {element: share}}
-    for site, shares in occupancy.items() if isinstance(occupancy, dict) else ():
-        if isinstance(shares, dict) and min(shares.values(), default=1) < 1:
-            raise ValueError(f"site {site} is partly occupied ({', '.join(f'{k} {v:g}' for k, v in shares.items())})")
 
 
 SkinList = namedtuple("SkinList", "batch numbers pbc positions given_cell cell inverse_cell")  # on the host, but batch
@@ -340,11 +340,11 @@ SkinList = namedtuple("SkinList", "batch numbers pbc positions given_cell cell i
 
 class NequixCalculator(Calculator):
     """weights: a released name, an .nqx file or a model.pt; device: default CUDA if there is one; precision of the network:
-    "float32", "tf32" (faster on CUDA, less exact) or "float64"; conv: as in model.choose_conv. Raises OSError or ValueError."""
+    "float32", "tf32" (faster on CUDA, less exact) or "float64"; conv: as in model.choose_conv. Raises OSError or ValueError.
+    A forked process goes on with one thread; not on CUDA, which torch refuses there: start processes by "spawn"."""
 
     implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]
 
-    @torch.inference_mode(False)  # here and below: forces are derivatives, whatever mode the caller is in
     def __init__(self, weights="nequix-mp-1", device=None, precision="float32", conv="auto"):
         super().__init__()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -371,7 +371,7 @@ class NequixCalculator(Calculator):
         names = ("positions", "numbers", "cell", "pbc")
         return [name for name in names if not np.array_equal(getattr(self.atoms, name), getattr(atoms, name))]
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # here and below: forces are derivatives, whatever mode the caller is in
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         if "stress" in properties and not (self.atoms if atoms is None else atoms).pbc.all():
             raise PropertyNotImplementedError("only a cell that is periodic in all three directions has a stress")
@@ -551,16 +551,12 @@ def check_out(path, n_frames=1):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", metavar="FILE", help="anything ASE reads, all frames")
-    p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
     p.add_argument("--relax", action="store_true", help="relax positions and cell first")
     p.add_argument("--fmax", type=float, default=0.02, help="with --relax: force to reach, eV/A (default: 0.02)")
     p.add_argument("--steps", type=int, default=500, help="with --relax: at most so many (default: 500)")
     p.add_argument("--symprec", type=float, help="with --relax: keep the symmetry found at this precision, A")
     p.add_argument("--out", help="write the structures with their results, in the format of its suffix (.extxyz, ...)")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of the network's arithmetic")
-    p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    p.add_argument("--conv", choices=["auto", "fused", "oeq", "torch"], default="auto", help=CONV_HELP)
+    add_options(p)
     a, out, failed = p.parse_args(argv), {}, 0
     try:
         frames = list(read(a.files))
@@ -568,6 +564,8 @@ def main(argv=None):
             raise ValueError(f"no structures in {', '.join(a.files)}")
         if a.out:
             check_out(a.out, len(frames))
+        if a.relax and a.symprec is not None:
+            importlib.import_module("spglib")  # should it be missing, now
         calc = NequixCalculator(a.weights, a.device, a.precision, a.conv)
         print(f"{a.weights}, {calc.model.precision}, convolution {calc.model.chosen_conv()}, device {calc.device}")
         if a.relax and not all(atoms.pbc.all() for _, atoms in frames):
@@ -592,8 +590,9 @@ def main(argv=None):
         finally:  # what was finished, also when interrupted
             if a.out and out:
                 ase.io.write(a.out, [out[i] for i in sorted(out)])
+                print(f"structures written to {a.out}: {len(out)}")
     except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {e}{f': pip install {e.name}' if isinstance(e, ImportError) else ''}")
     except KeyboardInterrupt:
         sys.exit(130)
     if failed:

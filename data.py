@@ -128,6 +128,10 @@ def check_geometry(atoms):
     periodic = atoms.cell.array[atoms.pbc]
     if len(periodic) and np.linalg.det(periodic @ periodic.T) < 1e-6:
         raise ValueError("a periodic cell of zero volume")
+    occupancy = atoms.info.get("occupancy")  # of ASE's reader of .cif files, {site: {element: share}}: not whole atoms?
+    for site, shares in occupancy.items() if isinstance(occupancy, dict) else ():
+        if isinstance(shares, dict) and min(shares.values(), default=1) < 1:
+            raise ValueError(f"site {site} is partly occupied ({', '.join(f'{k} {v:g}' for k, v in shares.items())})")
 
 
 def frame_arrays(atoms, name, limits):
@@ -136,6 +140,8 @@ def frame_arrays(atoms, name, limits):
     check_geometry(atoms)
     results = atoms.calc.results if atoms.calc else {}
     labels = {k: results.get(k) for k in ("energy", "forces", "stress")}
+    if labels["stress"] is None and atoms.pbc.all() and "virial" in atoms.info:
+        raise ValueError("a virial but no stress, which is -virial / volume in ASE")
     if labels["stress"] is None or not atoms.pbc.all():
         labels.pop("stress")
     elif np.shape(labels["stress"]) == (6,):
@@ -144,7 +150,9 @@ def frame_arrays(atoms, name, limits):
     for what, label in labels.items():
         numbers = np.shape(label) == shapes[what] and np.asarray(label).dtype.kind in "fiu"
         if not (numbers and np.isfinite(label).all()):
-            raise ValueError(f"{what} not there, not finite, or not numbers of shape {shapes[what]}")
+            like = [k for k in (*results, *atoms.info, *atoms.arrays) if what[:5] in k.lower() and k != what]
+            hint = f"; there is {', '.join(like)}" if like else ""
+            raise ValueError(f"{what} not there, not finite, or not numbers of shape {shapes[what]}{hint}")
     energy, forces, stress = labels["energy"], labels["forces"], labels.get("stress", np.full((3, 3), np.nan))
     sizes = abs(energy) / len(atoms), np.linalg.norm(forces, axis=1).max(), np.abs(stress).max()
     units = "energy of {:.1f} eV/atom (meV?)", "force of {:.1f} eV/A (meV/A?)", "stress of {:.1f} eV/A^3 (GPa or kbar?)"
@@ -244,7 +252,7 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     if len(problems) > 20:
         print(f"... and {len(problems) - 20} more")
     if problems and bad == "fail":
-        raise ValueError(f"{len(problems)} frames are unusable; --bad skip drops them")
+        raise ValueError(f"unusable frames: {len(problems)}; --bad skip drops them")
     if len(problems) == n_read:
         raise ValueError(f"no usable frame in {', '.join(map(str, files))}")
 
@@ -257,7 +265,7 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
     a["split"] = split(a, n_read).astype(np.uint8)
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
     counts |= dict(skipped=len(problems), duplicates=duplicates, atoms=len(a["numbers"]))
-    counts["frames without stress"] = int(np.isnan(a["stress"]).any((1, 2)).sum())
+    counts["without stress"] = int(np.isnan(a["stress"]).any((1, 2)).sum())
     hashes = {name: digest(f, "sha256") for name, f in zip(names_of(files), files)}
     write_set(out, a, dict(source=source, sha256=hashes, cutoff=CUTOFF, counts=counts))
     return n_read
@@ -649,7 +657,7 @@ def fetch_sample(out="data/sample", workers=None, more=()):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         if not (folder / name).exists():
-            print("fetching mattersim==1.2.3 with pip (27 MB; pip prepares its metadata too, which takes a while)")
+            print(f"fetching mattersim==1.2.3 with pip to {folder.resolve()} (27 MB; pip takes a while to prepare it)")
             what = "download --no-deps --no-binary mattersim mattersim==1.2.3"
             subprocess.run([sys.executable, "-m", "pip", "-q", *what.split(), "-d", tmp])
             if not (Path(tmp) / name).exists():
@@ -719,10 +727,11 @@ def fetch_mptrj(path, out, split, workers=None):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    sample = commands.add_parser("sample", help="5,217 DFT frames, fetched with pip")
-    mptrj = commands.add_parser("mptrj", help="MPtrj, 1.58 M frames")
+    command = lambda name, text: commands.add_parser(name, help=text, description=text)
+    sample = command("sample", "5,217 DFT frames, fetched with pip (27 MB)")
+    mptrj = command("mptrj", "MPtrj, 1.58 M frames, fetched from figshare")
     mptrj.add_argument("--zip", help="pack this zip (either of the two on figshare), download nothing")
-    files = commands.add_parser("pack", help="any files that ASE reads")
+    files = command("pack", "labelled frames from any files that ASE reads, or zips of them")
     files.add_argument("files", nargs="+")
     files.add_argument("--bad", choices=["fail", "skip"], default="fail", help="what to do about frames with problems")
     what = "a frame is bad above these: |energy| in eV/atom, force in eV/A, |stress| in eV/A^3 (default: 1000 100 10)"
@@ -731,8 +740,8 @@ def main():
         q.add_argument("--out", default=out, required=out is None, help="folder of the packed set")
         q.add_argument("--workers", type=int, help="processes (default: one a core)")
     for q in (mptrj, files):
-        q.add_argument("--split", choices=["frame", "material"], default="frame", help="draw validation by this")
-        q.add_argument("--val", type=float, default=0.05, help="share of validation")
+        q.add_argument("--split", choices=["frame", "material"], default="frame", help="what is drawn to validate on")
+        q.add_argument("--val", type=float, default=0.05, help="share to validate on (default: 0.05)")
     a = p.parse_args()
     try:
         if Path(a.out).exists():

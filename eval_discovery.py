@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import data
 from calc import NequixCalculator
+from model import add_options
 
 WBM = {  # option: figshare's number, file, md5; from data-files.yml of matbench-discovery
     "structures": (48169597, "data/wbm/2024-08-04-wbm-initial-atoms.extxyz.zip", "2a292211ca6acb30ed8416178d644098"),
@@ -109,7 +110,8 @@ def to_atoms(material, frame):
         atoms = ase.io.read(io.StringIO(frame), format="extxyz")
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{material} cannot be read ({type(e).__name__} {e})".split("\n")[0]) from None
-    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=dict(material_id=material))
+    info = dict(material_id=material) | {k: v for k, v in atoms.info.items() if k == "occupancy"}  # which calc checks
+    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info)
 
 
 def to_frame(atoms):
@@ -142,7 +144,9 @@ def relax(a, materials, calc, rank, ranks):
     if rank == 0:
         device = torch.cuda.get_device_name(calc.device) if calc.device.type == "cuda" else "cpu"
         about = f"{calc.model.precision}, convolution {calc.model.chosen_conv()}, fmax {a.fmax:g} eV/A, {a.steps} steps"
-        print(f"{a.weights}, {ranks} x {device}, {about}; done before: {len(done & {*materials})} of {len(materials)}")
+        print(
+            f"{a.weights}, {ranks} x {device}, {about}; done before: {len(done & {*materials})} of {len(materials)}; to {a.out}"
+        )
     if not left:
         return
     (a.out / "parts").mkdir(exist_ok=True)
@@ -288,20 +292,18 @@ def read_predictions(path, summary):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
     p.add_argument("--structures", help="zip of extxyz: one a material, or many frames a member (default: fetched)")
     p.add_argument("--summary", help=".csv or .csv.gz of DFT energies and hull distances (default: fetched)")
     p.add_argument("--relaxed", help="DFT-relaxed structures, for the RMSD (default: fetched, if --structures is)")
-    p.add_argument("--n", type=int, help="so many rows at random, the same each time")
-    p.add_argument("--fmax", type=float, default=0.02, help="eV/A, of a relaxed structure (default: 0.02)")
-    p.add_argument("--steps", type=int, default=500, help="of a relaxation, at most (default: 500)")
-    p.add_argument("--out", type=Path, default=Path("runs/discovery"), help="folder (default: runs/discovery)")
+    p.add_argument("--n", type=int, help="so many structures, drawn at random, the same each time (default: all)")
+    p.add_argument("--fmax", type=float, default=0.02, help="largest force after a relaxation, eV/A (default: 0.02)")
+    p.add_argument("--steps", type=int, default=500, help="steps of a relaxation, at most (default: 500)")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs/discovery"), help="folder of the results (default: runs/discovery)"
+    )
     p.add_argument("--score", metavar="CSV", help="score these predictions, relax nothing")
-    p.add_argument("--srme", type=float, help="of the thermal conductivity, for CPS-1")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--precision", choices=["float32", "tf32", "float64"], default="float32", help="default: float32")
-    p.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    p.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
+    p.add_argument("--srme", type=float, help="SRME that eval_phonon.py kappa has printed, for the CPS-1")
+    add_options(p)
     a = p.parse_args(argv)
     rank, ranks, index = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:

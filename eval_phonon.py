@@ -41,6 +41,7 @@ from tqdm import tqdm
 import data
 from calc import NequixCalculator
 from eval_discovery import keep_settings, save
+from model import add_options
 
 # Figshare's number, file, md5; from data-files.yml of matbench-discovery.
 STRUCTURES = 52179965, "data/phonon/2024-11-09-phononDB-PBE-103-structures.extxyz", "0b149802835e260aa3ab0c7e3c88625b"
@@ -154,19 +155,19 @@ def read_mdr(path, entry):
         raise ValueError(f"{path.name} has random displacements (phonopy's type 2), not those of one atom at a time")
     if not np.isfinite(forces).all():
         raise ValueError(f"{path.name}: the forces are not finite")
-    m = dict(atoms=atoms, magnetic_moments=x.magnetic_moments, dataset=y.dataset)
-    return m | dict(supercell=y.supercell_matrix, primitive=y.primitive_matrix)
+    m = dict(atoms=atoms, magnetic_moments=x.magnetic_moments, dataset=y.dataset, supercell=y.supercell_matrix)
+    return m | dict(primitive="auto" if y.primitive_matrix is None else y.primitive_matrix)
 
 
 def read_kappa(path):
     """{id: material}: dict of atoms, name, supercell (of fc3) and fc2_supercell (3, 3), q_mesh (3,). Raises ValueError."""
     out = {}
     try:
-        for atoms in ase.io.iread(path, ":", format="extxyz"):
-            i = atoms.info
+        for atoms in ase.io.iread(path, ":", format="extxyz", do_not_split_by_at_sign=True):
+            i = atoms.info  # calc checks the occupancy in it
             m = dict(supercell=i["fc3_supercell"], fc2_supercell=i["fc2_supercell"], name=i["name"])
             m |= dict(q_mesh=i["q_mesh" if "q_mesh" in i else "q_point_mesh"])
-            m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True))
+            m |= dict(atoms=Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info=i))
             out[str(i["mp_id" if "mp_id" in i else "material_id"])] = m
     except Exception as e:  # ASE's readers raise all kinds
         raise ValueError(f"{path} can't be read, or has no supercells ({type(e).__name__})") from None
@@ -245,6 +246,7 @@ def forces_stage(a, materials, settings, calc, mapped):
     n, start, conv = len(waiting), time.perf_counter(), calc.model.chosen_conv()
     about = ", ".join(f"{k} {v}{dict(fmax=' eV/A', displacement=' A').get(k, '')}" for k, v in settings.items())
     print(f"materials: {len(files)}, their forces done before: {len(files) - n}; {calc.device}, conv {conv}; {about}")
+    print(f"results go to {a.out}")
     how = dict(symprec=REFINE, cell_mask=[1, 1, 1, 0, 0, 0] if a.task == "kappa" else None)
     bar = tqdm(desc="forces", total=len(files), initial=len(files) - n, unit="material", disable=None)
 
@@ -517,28 +519,27 @@ def check_out(a, sources, calc):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = p.add_subparsers(dest="task", required=True)
-    mdr, kappa = (tasks.add_parser(k, description="see eval_phonon.py -h") for k in ("mdr", "kappa"))
+    about = dict(mdr="phonons against those of DFT, of the MDR benchmark or of your files")
+    about |= dict(kappa="thermal conductivity of 103 materials against that of DFT, and its SRME")
+    mdr, kappa = (tasks.add_parser(k, help=text, description=text) for k, text in about.items())
     what = "phonopy yaml (.bz2, .xz, .gz) with DFT forces, or .json (.gz) of structures and C_V (default: fetched)"
     mdr.add_argument("files", nargs="*", metavar="FILE_OR_FOLDER", help=what)
-    mdr.add_argument("--functional", default="PBE", help="of the reference, printed with the scores (default: PBE)")
+    mdr.add_argument("--functional", default="PBE", help="that of the DFT, printed with the scores (default: PBE)")
     mdr.set_defaults(score=None)
     kappa.add_argument("--structures", help="extxyz with supercells and q-meshes (default: fetched)")
     kappa.add_argument("--reference", help=".json.gz of DFT conductivities (default: fetched)")
-    kappa.add_argument("--only", nargs="+", metavar="ID", help="these materials")
+    kappa.add_argument("--only", nargs="+", metavar="ID", help="only materials of these ids")
     kappa.add_argument("--score", metavar="JSON", help="score these conductivities, calculate nothing")
     for q, fmax, displacement in ((mdr, 0.0025, 0.01), (kappa, 0.02, 0.03)):
-        q.add_argument("--weights", default="nequix-mp-1", help="a released name, an .nqx file or a model.pt")
-        q.add_argument("--out", type=Path, help="folder (default: runs/mdr or runs/kappa)")
+        q.add_argument("--out", type=Path, help="folder of the results (default: runs/mdr or runs/kappa)")
         q.add_argument("--stage", choices=["forces", "transport"], help="only this one (default: both in turn)")
         q.add_argument("--workers", type=int, default=os.cpu_count(), help="CPU processes (default: as many as cores)")
-        q.add_argument("--n", type=int, help="so many materials at random, the same each time")
-        q.add_argument("--fmax", type=float, default=fmax, help=f"eV/A (default: {fmax})")
-        q.add_argument("--steps", type=int, default=500, help="of a relaxation, at most (default: 500)")
-        q.add_argument("--displacement", type=float, default=displacement, help=f"A (default: {displacement})")
-        q.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-        q.add_argument("--precision", choices=["float32", "tf32", "float64"], default="float32", help="default float32")
-        q.add_argument("--tf32", dest="precision", action="store_const", const="tf32", help="--precision tf32")
-        q.add_argument("--conv", choices=["auto", "torch", "oeq", "fused"], default="auto", help="convolution")
+        q.add_argument("--n", type=int, help="so many materials, drawn at random, the same each time (default: all)")
+        q.add_argument("--fmax", type=float, default=fmax, help=f"force to relax to, eV/A (default: {fmax})")
+        q.add_argument("--steps", type=int, default=500, help="steps of a relaxation, at most (default: 500)")
+        what = f"displacement of atoms, A (default: {displacement})"
+        q.add_argument("--displacement", type=float, default=displacement, help=what)
+        add_options(q)
     a = p.parse_args(argv)
     a.out = a.out or Path("runs") / a.task
     try:

@@ -30,6 +30,7 @@ import json
 import math
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,7 @@ def dense_products(tf32):
 # (8): forces and stress
 
 
+@torch.inference_mode(False)  # forces are derivatives, whatever mode the caller is in
 def energy_forces_stress(model, batch, create_graph=False):
     """E (S,) eV, F = -dE/dr (A, 3) eV/A, stress = (1/V) dE/dstrain (S, 3, 3) eV/A^3 (positive: tensile; NaN where the
     cell is not periodic in three directions); all float64.
@@ -331,6 +333,8 @@ def energy_forces_stress(model, batch, create_graph=False):
     """
     if create_graph and model.chosen_conv() == "fused":
         raise ValueError("the fused kernels have no second derivative: use conv='torch' or train.loss_and_gradient")
+    # What was made in inference mode takes part in no derivative, but its copy does.
+    batch = replace(batch, **{k: t.clone() for k, t in vars(batch).items() if t is not None and t.is_inference()})
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad(), dense_products(model.tf32):
         atom_energy = model(batch.numbers, vectors, batch.senders, batch.row_ptr)
@@ -364,7 +368,6 @@ def assemble(model, batch, atom_energy, g):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-CONV_HELP = "convolution: fused CUDA kernels, OpenEquivariance or plain torch; auto takes the fastest that works here"
 PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "float64": (torch.float64, False)}
 RELEASE, LATER = "7c2854de8e754b1a60274c7d9d2e014989ed632e", "9c852a9c4cce69ae5e75bc5a2cf670be21ff8c28"
 RELEASED = {  # name: commit of github.com/atomicarchitects/nequix, sha256
@@ -372,6 +375,22 @@ RELEASED = {  # name: commit of github.com/atomicarchitects/nequix, sha256
     "nequix-mp-1-pft": (RELEASE, "a88aeaed71fd447572dc57af21d469207d7737b85a6dbb66f8c38156f175c5f1"),
     "nequix-oam-1": (LATER, "6a43475eaeb32a7a049f36c1306d78aa1e7a17e8af37aeda7901c8fec0ca845c"),
 }
+WEIGHTS_HELP = f"{', '.join(RELEASED)} (fetched on first use), an .nqx file, or a model.pt of train.py"
+
+
+def add_options(p, names="weights device precision conv"):
+    """Add these of the options that scripts share to p, an argument parser or a group of one."""
+    add, default = p.add_argument, "(default: %(default)s)"
+    if "weights" in names:
+        add("--weights", default="nequix-mp-1", help=f"{WEIGHTS_HELP} {default}")
+    if "device" in names:
+        add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    if "precision" in names:
+        add("--precision", choices=list(PRECISIONS), default="float32", help=f"arithmetic of the network {default}")
+        add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
+    if "conv" in names:
+        what = "convolution: fused CUDA kernels, OpenEquivariance or plain torch; auto: the fastest that works here"
+        add("--conv", choices=["auto", "fused", "oeq", "torch"], default="auto", help=f"{what} {default}")
 
 
 def save(path, model):
@@ -395,6 +414,7 @@ def released(name):
     return path
 
 
+@torch.inference_mode(False)
 def load(path, device="cpu", precision="float32", conv="auto"):
     """A model for inference (its weights take no gradients) from a checkpoint of ours, an official `.nqx` file, or a
     name in RELEASED, which is downloaded once. precision: "float32", "tf32" or "float64".

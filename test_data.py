@@ -218,6 +218,8 @@ def test_other_formats_and_constraints(tmp_path):
 
 BAD = {
     "no labels": ("energy not there", bulk("Si")),
+    "a name of its own": ("energy not there, not finite, or not numbers of shape (); there is REF_energy", bulk("Si")),
+    "a virial": ("a virial but no stress", labelled(bulk("Si"), stress=False, virial=np.eye(3))),
     "NaN energy": ("energy not there, not finite", labelled(bulk("Si"), np.nan)),
     "NaN forces": ("forces not there, not finite", labelled(bulk("Si"), forces=np.full((2, 3), np.nan))),
     "NaN stress": ("stress not there, not finite", labelled(bulk("Si"), stress=np.full(6, np.nan))),
@@ -227,21 +229,25 @@ BAD = {
     "zero volume": ("zero volume", labelled(Atoms("Si", cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True))),
     "absurd force": ("force of 5000.0 eV/A", labelled(bulk("Si"), forces=[[5000, 0, 0], [0, 0, 0]])),
     "two at one place": ("two atoms 0.000 A apart", labelled(Atoms("Si2", [[0, 0, 0]] * 2, cell=[9] * 3, pbc=True))),
+    "half an atom": ("site 0 is partly occupied (Si 0.5)", labelled(bulk("Si"), occupancy={"0": {"Si": 0.5}})),
     "NaN positions": ("positions or cell are not finite", labelled(Atoms("Si", [[np.nan, 0, 0]]))),
 }
 
+BAD["a name of its own"][1].info["REF_energy"] = -1.0
+
 
 def test_bad_frames_are_named_and_skipped(tmp_path):
-    good = [labelled(bulk("Si", a=5.4)), labelled(bulk("Si", a=5.5), stress=False)]
+    whole = {"0": {"Si": 1.0}}
+    good = [labelled(bulk("Si", a=5.4), occupancy=whole), labelled(bulk("Si", a=5.5), stress=False)]
     ase.io.write(tmp_path / "frames.traj", [good[0], *[atoms for _, atoms in BAD.values()], good[1]])
     text = "1\nenergy=-1 pbc=F Properties=species:S:1:pos:R:3:forces:R:3\nQq 0 0 0 0 0 0\n"
     (tmp_path / "text.extxyz").write_text(text)
     said = pack(tmp_path, "frames.traj", "text.extxyz", ok=False)
     for k, (reason, _) in enumerate(BAD.values(), 1):
         assert any(f"bad: frames.traj#{k}: " in line and reason in line for line in said.splitlines()), (reason, said)
-    assert "bad: text.extxyz#0: cannot be read" in said and "12 frames are unusable" in said
+    assert "bad: text.extxyz#0: cannot be read" in said and "unusable frames: 15;" in said
     said = pack(tmp_path, "frames.traj", "text.extxyz", "--bad", "skip")  # which fails if there was a set
-    assert "12 skipped" in said and "1 frames without stress" in said
+    assert "15 skipped" in said and "1 without stress" in said
     assert data.PackedSet(tmp_path / "set").has_stress.tolist() == [True, False]
     with pytest.raises(ValueError, match="stress is not symmetric"):
         data.frame_arrays(labelled(bulk("Si"), stress=np.arange(9.0).reshape(3, 3)), "a.xyz#0", ())
@@ -293,7 +299,7 @@ def test_bad_files_give_one_line(tmp_path):
     bad = "empty.extxyz", "text.extxyz", "latin.extxyz", "damaged.zip"
     said = pack(tmp_path, *bad, ok=False)
     assert all(f"bad: {name}" in said for name in bad)
-    assert said.splitlines()[-1] == "error: 4 frames are unusable; --bad skip drops them"
+    assert said.splitlines()[-1] == "error: unusable frames: 4; --bad skip drops them"
     assert "error: [Errno 2] No such file" in pack(tmp_path, "none.extxyz", ok=False)
     assert "--val is a share, between 0 and 1, not 5" in pack(tmp_path, "text.extxyz", "--val", "5", ok=False)
     said = run("data.py", "mptrj", "--zip", tmp_path / "cut.zip", "--out", tmp_path / "s", ok=False)

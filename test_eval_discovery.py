@@ -24,9 +24,9 @@ from calc import NequixCalculator
 from eval_discovery import E_DFT, E_FORM, HULL, main, metrics, read_parts, read_predictions
 from eval_discovery import read_structures, read_table, score, to_atoms
 from model import save
-from test_calc import MP1, ase_relaxed
+from test_calc import MIXED, ase_relaxed
 from test_data import HERE
-from test_model import SHARED, needs_shared, small_model
+from test_model import SHARED, needs_shared, released, small_model
 
 SUMMARY, WBM = SHARED / "data/wbm-summary-partial.csv.gz", SHARED / "data/wbm-initial-atoms.extxyz.zip"
 COLUMNS, N = ["material_id", E_DFT, E_FORM], 12
@@ -243,20 +243,21 @@ def test_two_processes_go_on_from_one(files, whole, tmp_path):
 
 
 def test_failures_count_as_unstable_and_are_told(files, tmp_path, capsys):
-    """An element that the model lacks, and a row without a structure."""
+    """An element that the model lacks, a site with parts of two atoms, and a row without a structure."""
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as z:
-        for k, atoms in enumerate([bulk("Si"), bulk("Fe"), bulk("Pt")]):
+        for k, atoms in enumerate([bulk("Si"), bulk("Fe"), bulk("Pt"), MIXED]):
             ase.io.write(tmp_path / "s.extxyz", atoms)
             z.write(tmp_path / "s.extxyz", f"wbm-1-{k}.extxyz")
-    summary = write_csv(tmp_path / "s.csv", [*COLUMNS, HULL], [[f"wbm-1-{k}", 0, 0, -5 + 3 * k] for k in range(4)])
+    summary = write_csv(tmp_path / "s.csv", [*COLUMNS, HULL], [[f"wbm-1-{k}", 0, 0, -5 + 3 * k] for k in range(5)])
     for _ in range(2):  # a rerun has nothing to do
         main(command(files, tmp_path / "run", "--structures", tmp_path / "s.zip", "--summary", summary))
         said = capsys.readouterr().out
         assert "no prediction for 1: elements that the model lacks: Fe" in said
+        assert "no prediction for 1: site 0 is partly occupied (Na 0.5, Si 0.5)" in said
         assert "no prediction for 1: not in " in said
     rows = predictions(tmp_path / "run")
-    assert rows["wbm-1-1"]["energy"] == rows["wbm-1-1"]["e_form_per_atom"] == rows["wbm-1-3"]["steps"] == ""
-    assert "lacks: Fe" in rows["wbm-1-1"]["error"] and "2 of 4 relaxed" in said
+    assert rows["wbm-1-1"]["energy"] == rows["wbm-1-1"]["e_form_per_atom"] == rows["wbm-1-4"]["steps"] == ""
+    assert "lacks: Fe" in rows["wbm-1-1"]["error"] and "2 of 5 relaxed" in said
     assert len(ase.io.read(tmp_path / "run/relaxed.extxyz", ":")) == 2
 
 
@@ -270,9 +271,9 @@ def test_parity_with_ase(tmp_path):
     some = some[[len(atoms_of[k]) <= (12 if n > 10 else 4) for k in some.index]][:n]
     rows = list(some[COLUMNS[1:]].itertuples(name=None))
     write_csv(tmp_path / "s.csv", COLUMNS, rows)
-    files = "--weights", MP1, "--structures", WBM, "--summary", tmp_path / "s.csv", "--out", tmp_path / "run"
+    files = "--weights", released(), "--structures", WBM, "--summary", tmp_path / "s.csv", "--out", tmp_path / "run"
     main([*map(str, files), "--device", "cpu", "--precision", "float64"])
-    calc, got, off = NequixCalculator(MP1, "cpu", "float64"), predictions(tmp_path / "run"), []
+    calc, got, off = NequixCalculator(released(), "cpu", "float64"), predictions(tmp_path / "run"), []
     for k, dft, dft_e_form in rows:
         atoms, energy, converged, steps = ase_relaxed(atoms_of[k], calc, 0.02, 500)
         off.append(abs(float(got[k]["energy"]) - energy) / len(atoms))

@@ -21,14 +21,18 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
+import calc
+import data
+import eval_discovery
 import eval_phonon
+import train
 from calc import NequixCalculator
 from eval_phonon import QUANTITIES, main, mode_kappas, read_kappas, score_row
 from model import save
-from test_calc import MP1
-from test_data import HERE
+from test_calc import MIXED
+from test_data import HERE, run
 from test_eval_discovery import error_of
-from test_model import SHARED, needs_shared, small_model
+from test_model import SHARED, needs_shared, released, small_model
 
 KAPPAS, STRUCTURES = SHARED / "data/kappas_phononDB_PBE_noNAC.json.gz", SHARED / "data/phononDB-PBE-structures.extxyz"
 
@@ -336,7 +340,7 @@ def test_published_conductivities(tmp_path):
     """nequix-mp-1 as on the leaderboard: SRME to 0.03."""
     pytest.importorskip("phono3py")
     ids = os.environ["KAPPA"].split()
-    fixed = "--weights", MP1, "--structures", STRUCTURES, "--reference", KAPPAS, "--out", tmp_path
+    fixed = "--weights", released(), "--structures", STRUCTURES, "--reference", KAPPAS, "--out", tmp_path
     main([*map(str, ("kappa", *fixed)), "--only", *ids])
     published = json.loads((SHARED / "reference/nequix-mp-1-kappa.json").read_text())["materials"]
     for m in published:
@@ -379,18 +383,39 @@ def test_bad_input_gives_one_line(files, whole, tmp_path, capsys, monkeypatch):
     assert "for no-phonopy: pip install 'phono3py==3.30.*'" in mdr(files / "mdr")
 
 
+def test_help_names_the_weights_and_says_what_a_command_does(capsys):
+    commands = [(calc.main, []), (eval_discovery.main, []), (train.parse_args, []), (main, ["mdr"]), (main, ["kappa"])]
+    for entry, command in commands:
+        with pytest.raises(SystemExit):
+            entry([*command, "-h"])
+        said = "".join(capsys.readouterr().out.split())
+        assert "nequix-oam-1(fetchedonfirstuse),an.nqxfile" in said and "plaintorch;auto:thefastest" in said
+    assert "thermalconductivityof103materialsagainstthatofDFT" in said
+    assert "labelled frames from any files that ASE reads" in run("data.py", "pack", "-h")
+
+
 def test_what_is_wrong_with_a_material(files, tmp_path):
-    """Random displacements; a site with part of an atom, and one with two species."""
+    """Random displacements; a site with part of an atom, and one with two species; in a file whose name ASE would split."""
     text = (files / "mdr/mp-0.yaml").read_text().split("displacements:")[0]
     (tmp_path / "random.yaml").write_text(text + "dataset:\n  displacements: [[[0, 0, 0]]]\n")
     with pytest.raises(ValueError, match="random.yaml has random displacements .phonopy's type 2"):
         eval_phonon.read_mdr(tmp_path / "random.yaml", {})
+    text = (files / "mdr/mp-0.yaml").read_text()
+    for first, end in (("primitive_matrix:", "supercell_matrix:"), ("primitive_cell:", "unit_cell:")):
+        text = text[: text.index(first)] + text[text.index(end) :]
+    (tmp_path / "unit.yaml").write_text(text)  # phonopy's default has changed
+    assert eval_phonon.read_mdr(tmp_path / "unit.yaml", {})["primitive"] == "auto"
     site = lambda *species: dict(species=[dict(element=e, occu=x) for e, x in species], xyz=[0, 0, 0])
     structure = lambda last: dict(lattice=dict(matrix=np.eye(3) * 4), sites=[site(("Na", 1)), last])
     assert str(eval_phonon.from_pymatgen(structure(site(("Cl", 1.0))), "x").symbols) == "NaCl"
     for last in (site(("Cl", 0.5)), site(("Cl", 0.5), ("Br", 0.5))):
         with pytest.raises(ValueError, match="x: site 1 is disordered.*Cl"):
             eval_phonon.from_pymatgen(structure(last), "x")
+    info = dict(mp_id="x", name="x", fc2_supercell=[1], fc3_supercell=[1], q_mesh=[1]) | MIXED.info
+    ase.io.write(tmp_path / "mixed@1.extxyz", Atoms(MIXED, info=info))
+    mixed = eval_phonon.read_kappa(tmp_path / "mixed@1.extxyz")["x"]["atoms"]
+    with pytest.raises(ValueError, match="site 0 is partly occupied"):
+        data.check_geometry(mixed)
 
 
 def test_workers_of_a_killed_process_end(tmp_path):

@@ -27,7 +27,7 @@ from calc import NequixCalculator
 from kernels import Padded, Replay, layer_kernels
 from model import Nequix, energy_forces_stress, torch_conv
 from test_data import batch_of, odd_structures
-from test_model import SHARED, needs_shared, to
+from test_model import released, to
 from train import Trainer, loss_and_gradient
 
 CUDA = torch.device("cuda")
@@ -673,10 +673,9 @@ def test_loss_gradient_of_random_weights(options, exact):
 
 
 @needs_cuda
-@needs_shared
 @pytest.mark.parametrize("exact", [True, False], ids=["float32", "tf32"])
 def test_loss_gradient_of_released_weights(exact):
-    compare_gradients(nequix.load(SHARED / "weights/nequix-mp-1.nqx", CUDA), exact)
+    compare_gradients(nequix.load(released(), CUDA), exact)
 
 
 @needs_cuda

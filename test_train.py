@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from ase.build import bulk, molecule
 import data
 import model as nequix
 import muon
+from calc import NequixCalculator
 from data import PackedSet
 from test_data import HERE, batch_of, labelled, run
 from test_model import small_model
@@ -212,6 +215,39 @@ def test_the_log_proves_the_run(packed, uninterrupted):
     assert [line.split()[0] for line in lines] == ["step=0/40", "step=20/40", "step=40/40"]
     for unit in ("meV/atom", "meV/A", "meV/A^3/atom", "loss=", "train_s=", "structures/s"):
         assert all(unit in line for line in lines[1:])
+    rows = (uninterrupted / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,energy_mev_atom,force_mev_A,stress_mev_A3_atom,train_s,loss,gpu_h" and len(rows) == 4
+    for row, line in zip(rows[1:], lines):  # the same numbers, by their names
+        row, text = row.split(","), dict(re.findall(r"(\w+)=([\d.]+)", line))
+        names = "step energy forces stress".split() + (["train_s", "loss"] if row[0] != "0" else [])
+        assert all(float(x) == pytest.approx(float(text[k]), abs=0.06) for x, k in zip(row, names))
+
+
+def test_sources_are_in_the_log_once_and_the_screen_says_where_it_writes(packed, tmp_path, capsys, monkeypatch):
+    out, source = tmp_path / "run", (HERE / "train.py").read_text()
+    with pytest.raises(KeyboardInterrupt):
+        a = parse_args([str(x) for x in command(packed, out, "--steps", "40000000")[1:]])
+        train(a, torch.device("cpu"), 0, 1, told=[0.0])
+    said = capsys.readouterr().out
+    assert re.search(r"on this CPU about [\d.e-]+ s a step, \d+ days?, .* in all; the README's first command", said)
+    shutil.rmtree(out)
+    go(packed, out, "--steps", "4", "--eval-every", "2")
+    (out / "state.pt").unlink()  # killed before the first checkpoint
+    (out / "curve.png").unlink()
+    go(packed, out, "--steps", "4", "--eval-every", "2")
+    said = capsys.readouterr().out
+    assert re.search(r"on this CPU about [\d.e-]+ s a step, 0:00:\d\d in all\n", said)
+    assert f"in {out}: model.pt (averaged weights), log.txt, log.csv, curve.png, state.pt (to resume)\n" in said
+    log = (out / "log.txt").read_text()
+    assert (
+        log.count(source) == 1 and len(re.findall(r"sources: sha256 \w{64}", log)) == 2 and (out / "curve.png").exists()
+    )
+    monkeypatch.setattr("train.sources", lambda: ("edited\n", "of others"))
+    with pytest.raises(ValueError, match="ended with other sources"):
+        go(packed, out, "--steps", "4", "--eval-every", "2")
+    (out / "state.pt").unlink()
+    go(packed, out, "--steps", "4", "--eval-every", "2")
+    assert "edited\n====" in (out / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--no-norm"], ["--optimizer", "adamw", "--no-norm"]])
@@ -237,6 +273,19 @@ def test_validate_prints_the_errors_of_weights(packed, uninterrupted, tmp_path, 
         (mae, _), said = evaluate(model, p, indices, 1000), capsys.readouterr().out
         assert f"on {len(indices)} {split} frames" in said
         assert f"energy MAE {mae[0]:.2f} meV/atom, force MAE {mae[1]:.2f} meV/A, stress MAE {mae[2]:.3f}" in said
+
+
+def test_a_wrong_frame_moves_no_slope(packed, monkeypatch):
+    """Of labels in other units and of the other sign, one crystal of twelve frames a thousand times off."""
+    monkeypatch.syspath_prepend(HERE / "records")
+    import validate
+
+    model, b = small_model(), PackedSet(packed).batch(np.arange(12))
+    _, forces, stress = nequix.energy_forces_stress(model, b)
+    off = torch.ones(12).index_fill(0, torch.tensor(2), 1000.0)
+    b.forces, b.stress = 160 * forces * off[b.structure, None], -stress * off[:, None, None]
+    monkeypatch.setattr(validate, "prefetch", lambda *_: [b])
+    assert validate.slopes(model, None, None) == pytest.approx([160, -1])
 
 
 def test_scripts_of_the_records(uninterrupted, monkeypatch):
@@ -309,6 +358,43 @@ def test_a_step_never_waits_for_the_gpu(packed, tmp_path, monkeypatch):
         warnings.simplefilter("always")
         train(a, torch.device("cuda", 0), 0, 1)
     assert taken == 24 and waits and not [w for w in waits if w[0]]
+
+
+def test_only_elements_that_were_trained_on(tmp_path, capsys, monkeypatch):
+    """A lone germanium, which falls to validation: the run is as without it, and calc refuses it."""
+    monkeypatch.syspath_prepend(HERE / "records")
+    import validate
+
+    lone, frames = np.random.RandomState(42).permutation(20)[19], []
+    for k in range(20):
+        frames.append(labelled(bulk("Ge" if k == lone else "Si", "diamond", 5 + k / 20), -5.0 - k / 9))
+    ase.io.write(tmp_path / "frames.traj", frames)
+    pack = "data.py", "pack", tmp_path / "frames.traj", "--val", "0.2", "--workers", 1, "--out"
+    run(*pack, tmp_path / "set")
+    go(tmp_path / "set", tmp_path / "run", "--steps", "3")
+    left_out = "validation leaves out frames with elements that are not trained on: atomic numbers [32]\n"
+    said = capsys.readouterr().out
+    assert left_out in said and "training frames: 16, to validate on: 3;" in said
+    model = nequix.load(tmp_path / "run/model.pt", precision="float64")
+    assert model.config["atomic_numbers"] == [14] and len(model.e0) == 1
+    with pytest.raises(ValueError, match="lacks: Ge"):
+        NequixCalculator(tmp_path / "run/model.pt", "cpu").predict([bulk("Ge")])
+    p = PackedSet(tmp_path / "set")
+    silicon = p.indices(data.VAL)[p.indices(data.VAL) != lone]
+    errors = [float(x.split("=")[1]) for x in final(tmp_path / "run")[2:]]
+    assert errors == pytest.approx(evaluate(model, p, silicon, 1000)[0], abs=1e-4)
+    go(tmp_path / "set", tmp_path / "run", "--steps", "3")  # resumes
+    argv = f"validate.py {tmp_path / 'run/model.pt'} --data {tmp_path / 'set'} --precision float64 --device cpu"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    validate.main()
+    said = capsys.readouterr().out
+    assert "left out: validation frames with elements that the model lacks: atomic numbers [32]" in said
+    assert f"energy MAE {errors[0]:.2f} meV/atom" in said
+    nequix.save(tmp_path / "more.pt", small_model(atomic_numbers=[14, 32], atom_energies=[0.0, 0.0]))
+    more = ["--init", tmp_path / "more.pt", "--data", tmp_path / "set", "--out", tmp_path / "more", "--steps", "1"]
+    train(parse_args([str(x) for x in more]), torch.device("cpu"), 0, 1)  # which know both
+    assert "to validate on: 4;" in capsys.readouterr().out
+    assert nequix.load(tmp_path / "more/model.pt").config["atomic_numbers"] == [14, 32]
 
 
 def test_elements_that_the_weights_lack(packed, tmp_path):

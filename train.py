@@ -5,7 +5,8 @@
     python train.py --init nequix-mp-1 --data data/mine --lr 5e-3 --epochs 10                 # fine-tuning
 
 The defaults are Table A.1 of the paper. The same command resumes a run from its last checkpoint: bit for bit on a CPU,
-to rounding on CUDA. In --out: log.txt (sources, machine, errors), model.pt (averaged weights), curve.png, state.pt.
+to rounding on CUDA. In --out: log.txt (sources, machine, errors), log.csv (the numbers), model.pt (averaged weights),
+curve.png, state.pt (the checkpoint).
 """
 
 import argparse
@@ -54,7 +55,7 @@ def parse_args(argv=None):
     add("--out", default="", help="folder of the run (default: runs/ and the name of the set)")
 
     add = p.add_argument_group("model").add_argument
-    add("--init", default="", metavar="WEIGHTS", help="fine-tune these: a released name or a file")
+    add("--init", default="", metavar="WEIGHTS", help=f"fine-tune these: {nequix.WEIGHTS_HELP}")
     add("--hidden", default="128x0e+64x1o+32x2e+32x3o", help="irreps of the hidden features")
     add("--lmax", default=3, type=int, help="highest degree of the spherical harmonics")
     add("--layers", default=4, type=int, help="message-passing layers")
@@ -66,29 +67,27 @@ def parse_args(argv=None):
     add("--epochs", default=100.0, type=float, help="passes over the training frames")
     add("--steps", default=0, type=int, help="number of steps, in place of --epochs")
     add("--batch", default=256, type=int, help="structures in a step, on all ranks together")
-    add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon: Adam for the weights of norms")
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon takes Adam for the weights of norms")
     add("--lr", default=0.01, type=float, help="peak learning rate")
     add("--norm-lr", default=1.0, type=float, help="learning rate of the weights of norms, in units of --lr")
     add("--decay", default="cosine", choices=["cosine", "linear"], help="of --lr to 1e-6, after 0.1 epoch of warm-up")
-    add("--weight-decay", default=1e-3, type=float, help="of the matrices; multiplied by the learning rate")
+    add("--weight-decay", default=1e-3, type=float, help="decay of the matrices, times the learning rate")
     add("--grad-clip", default=100.0, type=float, help="largest norm of the gradient")
     add("--ema", default=0.999, type=float, help="decay of the averaged weights, at most (1+t)/(10+t)")
-    add("--energy-weight", default=20.0, type=float, help="in the loss, of the mean |dE|/atom in eV")
-    add("--force-weight", default=20.0, type=float, help="in the loss, of the mean length of dF in eV/A")
-    add("--stress-weight", default=5.0, type=float, help="in the loss, of the mean |component of d stress| in eV/A^3")
-    add("--seed", default=0, type=int, help="of the initial weights and the order of the data")
+    add("--energy-weight", default=20.0, type=float, help="weight of the mean |dE|/atom in the loss, eV")
+    add("--force-weight", default=20.0, type=float, help="weight of the mean length of dF, eV/A")
+    add("--stress-weight", default=5.0, type=float, help="weight of the mean |component of d stress|, eV/A^3")
+    add("--seed", default=0, type=int, help="seed of the initial weights and the order of the data")
 
-    add = p.add_argument_group("machine").add_argument
-    add("--precision", default="float32", choices=list(nequix.PRECISIONS), help="of the network's arithmetic")
-    add("--tf32", dest="precision", action="store_const", const="tf32", help="short for --precision tf32")
-    add("--conv", default="auto", choices=["auto", "fused", "oeq", "torch"], help=nequix.CONV_HELP)
-    add("--device", default="", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    group = p.add_argument_group("machine")
+    nequix.add_options(group, "device precision conv")
+    add = group.add_argument
     add("--max-edges", default=0, type=int, help="edges in a micro-batch (default: by the free memory)")
     add("--eval-every", default=0, type=int, help="steps between validations (default: an epoch, or less)")
     add("--save-every", default=60.0, type=float, help="seconds between checkpoints")
 
     for action in p._actions:
-        if action.default not in (None, "", 0, False, argparse.SUPPRESS):
+        if action.default not in (None, "", 0, False, argparse.SUPPRESS) and "default" not in action.help:
             action.help += " (default: %(default)s)"
     if p.parse_known_args(argv)[0].recipe == "fast":
         p.set_defaults(**FAST)
@@ -300,11 +299,16 @@ def trouble(losses):
         return len(losses) - 1, "has been over ten times its running median for 100 steps"
 
 
-def check_elements(model, packed, indices):
-    atoms = np.repeat(np.isin(np.arange(len(packed.n_atoms)), indices), packed.n_atoms)
-    unknown = set(np.unique(packed.numbers[atoms]).tolist()) - set(model.config["atomic_numbers"])
-    if unknown:
-        raise ValueError(f"{packed.path} has elements that the model lacks: atomic numbers {sorted(unknown)}")
+def elements(packed, indices):
+    """Atomic numbers, sorted, of all atoms of the frames `indices`."""
+    of_frame = np.isin(np.arange(len(packed.n_atoms)), indices)
+    return np.unique(packed.numbers[np.repeat(of_frame, packed.n_atoms)]).tolist()
+
+
+def known_frames(packed, indices, known):
+    """Those of the frames `indices` whose elements are all `known`, and the sorted atomic numbers of other elements."""
+    strange = np.logical_or.reduceat(~np.isin(packed.numbers, known), packed.offsets[:-1])[indices]
+    return indices[~strange], sorted({*elements(packed, indices)} - {*known})
 
 
 def read_state(path, fixed, total, sources_sha256):
@@ -334,9 +338,11 @@ def sources():
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_header(a, packed, model, ranks):
-    """What it takes to reproduce a run: sources, machine, versions, data, settings."""
+def run_header(a, packed, model, ranks, written):
+    """What it takes to reproduce a run: sources, if they are not `written` yet, machine, versions, data, settings."""
     (text, sha256), machine = sources(), platform.processor() or platform.machine()
+    if f"sources: sha256 {sha256}" in written:
+        text = ""
     if packed.device.type == "cuda":
         machine = torch.cuda.get_device_name(packed.device)
         with contextlib.suppress(FileNotFoundError):
@@ -350,18 +356,24 @@ def run_header(a, packed, model, ranks):
     )
 
 
-def draw_curve(path, history, baseline):
-    import matplotlib.pyplot as plt
+def write_history(out, history):
+    """log.csv and curve.png: history has [step, MAEs, s, MAEs of the E0s] and, after the first, mean loss and GPU-hours."""
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    rows = ["step,energy_mev_atom,force_mev_A,stress_mev_A3_atom,train_s,loss,gpu_h"]
+    rows += [",".join(f"{x:.9g}" for x in (h[0], *h[1], h[2], *h[4:])) for h in history]
+    (out / "log.csv").write_text("\n".join(rows) + "\n")
+    figure = Figure(figsize=(15, 3.5), layout="constrained")
+    *axes, last = figure.subplots(1, 4)
     units = "energy MAE (meV/atom)", "force MAE (meV/A)", "stress MAE (meV/A$^3$/atom)"
     for k, (axis, unit) in enumerate(zip(axes, units)):
         axis.semilogy([h[0] for h in history], [h[1][k] for h in history], "o-", ms=3)
-        axis.axhline(baseline[k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
+        axis.axhline(history[-1][3][k], color="0.6", ls="--", lw=1, label="E0s, zero forces and stress")
         axis.set(xlabel="step", ylabel=unit)
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    last.semilogy([h[0] for h in history if len(h) > 4], [h[4] for h in history if len(h) > 4], "o-", ms=3)
+    last.set(xlabel="step", ylabel="training loss")
+    figure.savefig(out / "curve.png", dpi=120)
 
 
 BASELINE = "E0s, zero forces and stress: {:.2f} meV/atom, {:.2f} meV/A, {:.3f} meV/A^3/atom"
@@ -376,8 +388,13 @@ def train(a, device, rank, ranks, told=()):
     model = nequix.load(a.init, device, a.precision, a.conv).requires_grad_() if a.init else None
     packed = PackedSet(a.data, model.config["cutoff"] if a.init else a.cutoff, device)
     train_frames, val_frames = packed.indices(data.TRAIN), packed.indices(data.VAL)
+    # The model has only elements that it is trained on, and is validated on them: the weights of others would be random.
+    known = model.config["atomic_numbers"] if a.init else elements(packed, train_frames)
+    if unknown := known_frames(packed, train_frames, known)[1]:
+        raise ValueError(f"{a.data} has elements that the model lacks: atomic numbers {unknown}")
+    val_frames, others = known_frames(packed, val_frames, known)
     if len(val_frames) == 0:
-        raise ValueError(f"{a.data} has no validation frames")
+        raise ValueError(f"{a.data} has no validation frames of elements that the model is trained on")
     steps_per_epoch = len(train_frames) / a.batch
     total = a.steps or max(round(a.epochs * steps_per_epoch), 1)
     eval_every = a.eval_every or max(min(round(steps_per_epoch), total // 10), 1)
@@ -385,12 +402,12 @@ def train(a, device, rank, ranks, told=()):
 
     # Nothing is drawn at random but the initial weights and the order of the data, which is a function of the step.
     torch.manual_seed(a.seed)
-    if a.init:
-        check_elements(model, packed, np.append(train_frames, val_frames))
-    else:
+    if not a.init:
         dtype, tf32 = nequix.PRECISIONS[a.precision]
         statistics = packed.meta["statistics"] if a.cutoff == packed.meta["cutoff"] else packed.statistics()
-        config = {**statistics, **{k: getattr(a, k) for k in ARCHITECTURE}, "norm": not a.no_norm}
+        e0 = dict(zip(statistics["atomic_numbers"], statistics["atom_energies"]))
+        config = statistics | dict(atomic_numbers=known, atom_energies=[e0[z] for z in known], norm=not a.no_norm)
+        config |= {k: getattr(a, k) for k in ARCHITECTURE}
         model = Nequix(config, a.conv, tf32).to(device, dtype)
     weights = a.energy_weight, a.force_weight, a.stress_weight
     trainer = Trainer(model, make_optimizer(model, a), weights, a.grad_clip, a.ema)
@@ -437,6 +454,7 @@ def train(a, device, rank, ranks, told=()):
             ids = " ".join(packed.name(i) for i in step_indices(train_frames, a.batch, a.seed, s))
             where = f"the last good checkpoint is {state_file}" if state_file.exists() else "there is no checkpoint yet"
             raise ValueError(f"the loss {found[1]} at step {s} ({last[found[0]]}); {where}; frames: {ids}")
+        bar.set_postfix_str(f"loss {last[-1]:.3f}")
         return last
 
     def save(*current):
@@ -460,17 +478,19 @@ def train(a, device, rank, ranks, told=()):
         mae, baseline = evaluate(trainer.ema, packed, val_frames, half, rank, ranks)
         errors = f"energy={mae[0]:.2f} meV/atom forces={mae[1]:.2f} meV/A stress={mae[2]:.3f} meV/A^3/atom"
         text = f"step={step}/{total} {errors}"
-        if history:
-            rate = (step - history[-1][0]) * a.batch / (train_s - history[-1][2])
-            loss = fmean(last_losses()[history[-1][0] - step :])
+        history.append([step, mae, train_s, baseline])
+        if step:
+            rate = (step - history[-2][0]) * a.batch / (train_s - history[-2][2])
+            loss = fmean(last_losses()[history[-2][0] - step :])
+            history[-1] += [loss, gpu_h]
             text += f" loss={loss:.3f} train_s={train_s:.1f} rate={rate:.1f} structures/s"
             if device.type == "cuda":
                 text += f" gpu_h={gpu_h:.4f} memory={torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
             if rank == 0:
                 nequix.save(out / "model.pt", trainer.ema)
+                write_history(out, history)
         else:
             log(BASELINE.format(*baseline))
-        history.append([step, mae, train_s, baseline])
         log(text)
 
     @functools.lru_cache(8)
@@ -482,12 +502,15 @@ def train(a, device, rank, ranks, told=()):
     def batches_from(first):
         return prefetch(packed, (p for s in range(first, total) for p in pieces_of(s, max_edges)))
 
-    log(run_header(a, packed, model, ranks), screen=False)
+    log_file = out / "log.txt"
+    log(run_header(a, packed, model, ranks, log_file.read_text() if log_file.exists() else ""), screen=False)
     if state:
         edited = ", with other sources than before: see above" * (state["sources_sha256"] != sources_sha256)
         log(f"resumed at step {step} of {total}{edited}")
     else:
-        frames = f"{len(train_frames)} training and {len(val_frames)} validation frames"
+        if others:
+            log(f"validation leaves out frames with elements that are not trained on: atomic numbers {others}")
+        frames = f"training frames: {len(train_frames)}, to validate on: {len(val_frames)}"
         log(f"{frames}; {total} steps of {a.batch}; {ranks} rank(s)")
 
     # Warm-up, outside the clock: kernels are compiled; a CUDA graph is captured with room for the next 1,000 steps.
@@ -499,6 +522,16 @@ def train(a, device, rank, ranks, told=()):
         with contextlib.suppress(torch.cuda.OutOfMemoryError), torch.no_grad():  # the first step will halve them
             for n in (packed.n_atoms, packed.n_edges):
                 trainer.accumulate(packed.batch(max(soon, key=lambda p: n[p].sum())), np.ones(3))
+    if device.type == "cpu" and step < total and rank == 0:
+        piece = pieces_of(step, max_edges)[0]
+        for some in (piece[:1], piece):  # the first call sets things up
+            began = time.perf_counter()
+            trainer.accumulate(packed.batch(some), np.ones(3))
+        seconds = (time.perf_counter() - began) / max(packed.n_edges[piece].sum(), 1)  # an edge
+        seconds *= packed.n_edges[train_frames].mean() * a.batch / ranks
+        left = timedelta(seconds=round((total - step) * seconds))
+        small = "; the README's first command trains a model that suits a CPU" * (left > timedelta(hours=1))
+        log(f"on this CPU about {seconds:.3g} s a step, {left} in all{small}")
     if not history:
         validate()
 
@@ -532,11 +565,11 @@ def train(a, device, rank, ranks, told=()):
             validate()
             start = time.perf_counter()
     bar.close()
-    _, mae, _, baseline = history[-1]
+    _, mae, _, baseline, *_ = history[-1]
     if rank == 0:
         if saved < step:
             save()
-        draw_curve(out / "curve.png", history, baseline)
+        print(f"in {out.resolve()}: model.pt (averaged weights), log.txt, log.csv, curve.png, state.pt (to resume)")
     log(BASELINE.format(*baseline))
     log(
         f"final step={step} energy_mae_mev_atom={mae[0]:.4f} force_mae_mev_A={mae[1]:.4f} "
@@ -567,7 +600,7 @@ def main():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if not a.data:
             if rank == 0:
-                print(f"data: {default_data()}")  # fetched if it is not there
+                print(f"data: {Path(default_data()).resolve()}")  # fetched if it is not there
             if ranks > 1:
                 dist.barrier()
             a.data = default_data()

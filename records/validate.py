@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import model as nequix
 from data import PackedSet, composition, prefetch
-from train import BASELINE, check_elements, edges_that_fit, evaluate
+from train import BASELINE, edges_that_fit, evaluate, known_frames
 
 
 @torch.no_grad()
@@ -53,26 +53,28 @@ def refitted_e0(model, packed, indices, max_edges):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("weights", help="a released name, an .nqx file or a model.pt")
+    p.add_argument("weights", help=nequix.WEIGHTS_HELP)
     p.add_argument("--data", required=True, help="a packed set")
     p.add_argument("--frames", type=int, help="number of frames, drawn at random (default: all)")
     p.add_argument("--test", action="store_true", help="the test split, in place of validation")
     p.add_argument("--refit-e0", metavar="FILE", help="write the weights there, with E0s fitted to the training frames")
-    p.add_argument("--precision", choices=list(nequix.PRECISIONS), default="float32", help="default: float32")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    nequix.add_options(p, "device precision")
     a = p.parse_args()
     try:
         device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = nequix.load(a.weights, device, a.precision)
         packed = PackedSet(a.data, model.config["cutoff"], device)
         split, indices = ("test", packed.indices(data.TEST)) if a.test else ("validation", packed.indices(data.VAL))
+        known = model.config["atomic_numbers"]
+        (indices, others), (train, _) = (known_frames(packed, x, known) for x in (indices, packed.indices(data.TRAIN)))
+        if others:
+            print(f"left out: {split} frames with elements that the model lacks: atomic numbers {others}")
         indices = np.sort(np.random.RandomState(0).permutation(indices)[: a.frames])
         if len(indices) == 0:
-            raise ValueError(f"{a.data} has no {split} frames")
-        check_elements(model, packed, np.append(indices, packed.indices(data.TRAIN)) if a.refit_e0 else indices)
+            raise ValueError(f"{a.data} has no {split} frames of elements that the model knows")
         max_edges = edges_that_fit(model, packed.device)
         if a.refit_e0:
-            model.config["atom_energies"] = refitted_e0(model, packed, packed.indices(data.TRAIN), max_edges).tolist()
+            model.config["atom_energies"] = refitted_e0(model, packed, train, max_edges).tolist()
             model.e0.copy_(torch.tensor(model.config["atom_energies"], dtype=torch.float64))
             Path(a.refit_e0).parent.mkdir(parents=True, exist_ok=True)
             nequix.save(a.refit_e0, model)
