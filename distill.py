@@ -3,15 +3,13 @@
     python distill.py                                            # 1.58 M frames, as many as MPtrj has, -> data/taught
     python distill.py STRUCTURES... --frames 500000 --out data/mine
 
-STRUCTURES are files that ASE reads, zips of them, or packed sets (their training frames). Their labels are not used. All are
+STRUCTURES are files that ASE reads, zips of them, or packed sets (their training frames); no label of theirs is used. Each is
 used equally often: a file that is given twice counts twice. The set consists of chains of four frames of the same atoms. The
 first is a structure: in a quarter of the chains with elements exchanged for neighbours in their groups; repeated to a random
-size; strained, rattled, and at times compressed. For each of the other three, atoms take a step along their forces and the
-cell along its stress, as in a relaxation.
-
-Excluded, and counted, are frames with a force above 20 eV/A or two atoms nearer than half the sum of their covalent radii. A
-material, that is a reduced formula, is on one side of the split; 5% validate. No frame has a formula of records/held_out.txt,
-or of a fixed half of WBM's, so that models can be tested on these.
+size; strained, rattled, at times compressed. For each of the other three, atoms take a step along their forces, and the cell
+along its stress, as in a relaxation. Excluded, and counted, are frames with a force above 20 eV/A or two atoms nearer than
+half the sum of their covalent radii. A material, that is a reduced formula, is on one side of the split; 5% validate. No
+frame has a formula of records/held_out.txt, or of a fixed half of WBM's, so that models can be tested on these.
 
 The same command resumes a killed run. The hash of a set is that of its structures, teacher, VERSION and split. It is the same
 on other machines, whose labels differ in the last digits, so that a training run can be resumed there.
@@ -20,7 +18,6 @@ on other machines, whose labels differ in the last digits, so that a training ru
 import argparse
 import contextlib
 import hashlib
-import io
 import math
 import shutil
 import sys
@@ -36,20 +33,19 @@ from tqdm import tqdm
 import data
 from calc import NequixCalculator
 from data import EXCLUDED, PER_ATOM, TRAIN, VAL, PackedSet, make_batch
-from eval_discovery import WBM, save
+from eval_discovery import WBM
 from model import energy_forces_stress
 
-VERSION = 1  # to be raised when a change here makes other frames
-LENGTH, BLOCK = 4, 128  # frames of a chain; chains that are made together
-LARGEST = 400  # atoms
-MAX_FORCE, NEAREST = 20.0, 0.5  # eV/A; in sums of covalent radii
+VERSION, LENGTH, BLOCK = 1, 4, 128  # raise it if other frames are made; frames of a chain; chains made together
+LARGEST, MAX_FORCE, NEAREST = 400, 20.0, 0.5  # atoms; eV/A; in sums of covalent radii
 STEP, CELL_STEP = 0.02, 0.3  # downhill: A per eV/A, 0.1 A at most; strain per eV/A^3, 0.02 at most
 GROUPS = """Li Na K Rb Cs, Be Mg Ca Sr Ba, Sc Y Lu, La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu, Ac Th Pa U Np Pu, Ti Zr Hf,
 V Nb Ta, Cr Mo W, Mn Tc Re, Fe Ru Os, Co Rh Ir, Ni Pd Pt, Cu Ag Au, Zn Cd Hg, B Al Ga In Tl, C Si Ge Sn Pb, N P As Sb Bi,
 O S Se Te, F Cl Br I"""
+draw = lambda formula: int(hashlib.sha256(formula.encode()).hexdigest(), 16) % 1000  # the same for a formula, always
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Structures and their formulas
+# Structures, and the first frames made of them
 
 
 def read_job(job):
@@ -89,17 +85,7 @@ def read_structures(paths, elements):
 def formulas(counts):
     """Reduced formulas, in the order of atomic numbers ("O3Fe2"), of the atoms of each element (S, 119)."""
     counts = counts // np.gcd.reduce(counts, axis=1)[:, None]
-    text = lambda z, n: f"{chemical_symbols[z]}{n if n > 1 else ''}"
-    return ["".join(text(z, row[z]) for z in np.flatnonzero(row)) for row in counts]
-
-
-def draw(formula):
-    """A number from 0 to 999 that a formula always gets."""
-    return int(hashlib.sha256(formula.encode()).hexdigest(), 16) % 1000
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# First frames
+    return ["".join(f"{chemical_symbols[z]}{n if n > 1 else ''}" for z, n in enumerate(row) if n) for row in counts]
 
 
 def neighbours(elements):
@@ -150,7 +136,8 @@ def vary(s, of, others, held_out, rng):
     positions = np.einsum("ai,aij->aj", positions, stretch[at]) + rattle
     cell = s["cell"][of] * repeats[:, :, None] @ stretch
     arrays = dict(numbers=numbers, positions=np.float32(positions), cell=np.float32(cell), pbc=s["pbc"][of], n_atoms=n)
-    return arrays, np.array([VAL if draw(f) % 20 == 0 else TRAIN for f in formula])
+    split = np.array([VAL if draw(f) % 20 == 0 else TRAIN for f in formula])
+    return {k: torch.from_numpy(v) for k, v in arrays.items()}, split
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,26 +174,26 @@ def distill(structures, weights, n_frames, out, held_out, device):
     elements = calc.model.config["atomic_numbers"]
     s, others = read_structures(structures, elements), neighbours(elements)
     held_out = {f for f, id in zip(s["formula"], s["ids"]) if b"wbm-" in id and draw(f) < 500}.union(held_out)
-    free = np.flatnonzero([f not in held_out for f in s["formula"]])
-    print(f"{len(free)} structures are not held out")
-    if not len(free):
+    if not (free := [k for k, f in enumerate(s["formula"]) if f not in held_out]):
         raise ValueError("all structures are held out")
+    print(f"{len(free)} structures are not held out")
     of = np.resize(np.random.default_rng(0).permutation(free), math.ceil(n_frames / LENGTH))  # a chain's structure
-    made_of = f"{VERSION} {calc.fingerprint()} {np.__version__} {sorted(held_out)}"
-    made_of = hashlib.sha256(b"".join([made_of.encode(), *(x.tobytes() for x in (*s.values(), of))]))
+    made_of = hashlib.sha256(f"{VERSION} {calc.fingerprint()} {np.__version__} {sorted(held_out)}".encode())
+    made_of.update(b"".join(s[k].tobytes() for k in ("numbers", "positions", "cell", "pbc", "offsets")) + of.tobytes())
     folder = Path(f"{out}.part-{made_of.hexdigest()[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
+    threads = 2 if calc.device.type == "cuda" else 1  # the GPU works for one while the other prepares
     files = {b: folder / f"{b}.npz" for b in range(0, len(of), BLOCK)}
 
     def make_block(b):
         """Write the frames of a block of chains: all the first ones, all the second ones, and so on."""
         if files[b].exists():
             return
-        which, parts = of[b : b + BLOCK], []
+        which = of[b : b + BLOCK]
         a, split = vary(s, which, others, held_out, np.random.default_rng([1, b]))
-        n, first = a["n_atoms"], np.append(0, np.cumsum(a["n_atoms"]))
-        a = {k: torch.from_numpy(v) for k, v in a.items()}
-        most = calc.max_edges / 200  # atoms: at 100 edges each, in two threads
+        n = a["n_atoms"].numpy()
+        first, parts = np.append(0, n.cumsum()), []
+        most = calc.max_edges / 100 / threads  # atoms: at 100 edges each
         for piece in data.micro_batches(np.arange(len(n)), n, n, most, most):
             lo, hi = piece[0], piece[-1] + 1
             system = (v[first[lo] : first[hi]] if k in PER_ATOM else v[lo:hi] for k, v in a.items())
@@ -214,16 +201,14 @@ def distill(structures, weights, n_frames, out, held_out, device):
         f = {k: np.concatenate([p[k] for p in parts], 1).reshape(-1, *parts[0][k].shape[2:]) for k in parts[0]}
         ids = [b"%b %d.%d" % (s["ids"][i], b + c, k) for k in range(LENGTH) for c, i in enumerate(which)]
         split = np.where(f["too_strong"] | f["too_near"], EXCLUDED, np.tile(split, LENGTH))
-        content = io.BytesIO()
-        np.savez(content, ids=np.array(ids), split=split.astype(np.uint8), **f)
-        save(files[b], content.getvalue())
+        np.savez(part := folder / f"{b}.tmp.npz", ids=np.array(ids), split=split.astype(np.uint8), **f)
+        part.rename(files[b])  # whole or not there
 
     for b in [b for b in files if not files[b].exists()][:1]:
         make_block(b)  # alone: torch and CUDA load some code at its first use, which two threads must not do at once
-    pool = ThreadPoolExecutor(2 if calc.device.type == "cuda" else 1)  # the GPU works for one while the other prepares
-    unit = dict(total=len(files), unit="frame", unit_scale=LENGTH * BLOCK)
+    pool, unit = ThreadPoolExecutor(threads), dict(unit="frame", unit_scale=LENGTH * BLOCK)
     try:
-        for _ in tqdm(pool.map(make_block, files), f"labelling {out}", **unit, disable=None):
+        for _ in tqdm(pool.map(make_block, files), f"labelling {out}", len(files), disable=None, **unit):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
@@ -249,10 +234,9 @@ def main():
     try:
         if a.frames < 1 or Path(a.out).exists():
             raise ValueError(f"{a.out} exists: choose another --out" if a.frames > 0 else "--frames must be positive")
-        if not a.structures:
-            a.structures = [data.fetch_figshare(*WBM["structures"]), "data/sample"]
-            if not Path("data/sample").exists():
-                data.fetch_sample()
+        if not a.structures and not Path("data/sample").exists():
+            data.fetch_sample()
+        a.structures = a.structures or [data.fetch_figshare(*WBM["structures"]), "data/sample"]
         held_out = (Path(__file__).parent / "records/held_out.txt").read_text().split()
         distill(a.structures, a.weights, a.frames, a.out, held_out, a.device)
     except (ValueError, OSError, zipfile.BadZipFile) as e:

@@ -317,10 +317,7 @@ def read_state(path, fixed, total, sources_sha256):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        same = lambda v, now: (
-            v == now or (isinstance(v, float) and math.isclose(v, now, rel_tol=1e-6))
-        )  # E0s of labels made anew
-        differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if not same(v, fixed.get(k, v))]
+        differ = [f"{k}: {v} -> {fixed[k]}" for k, v in state["fixed"].items() if fixed.get(k, v) != v]
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} can't be read ({why}): remove {path.parent} to start anew") from None
@@ -418,7 +415,7 @@ def train(a, device, rank, ranks, told=()):
     losses = deque(maxlen=1000)  # of the last steps, tensors on the device: read at checkpoints only
     parts = dict(model=model, ema=trainer.ema, optimizer=trainer.optimizer)
     fixed = {k: v for k, v in vars(a).items() if k not in FREE}
-    fixed |= {"data_sha256": packed.meta["data_sha256"], "E0s": sum(model.config["atom_energies"])}
+    fixed |= {"data_sha256": packed.meta["data_sha256"], "E0s": round(sum(model.config["atom_energies"]), 3)}
     state_file, sources_sha256 = out / "state.pt", sources()[1]
     box = [read_state(state_file, fixed, total, sources_sha256) if rank == 0 else None]
     if ranks > 1:
