@@ -380,3 +380,22 @@ def test_cutoff_of_its_own_recounts_edges(packed):
     b = p.batch(np.arange(len(p.n_atoms)))
     assert p.n_edges.tolist() == torch.bincount(b.structure[b.receivers], minlength=len(p.n_atoms)).tolist()
     assert p.n_edges.sum() < data.PackedSet(packed).n_edges.sum()
+
+
+def test_what_waits_is_bounded(monkeypatch):
+    """In frames, and in bytes where they are large: of a stream of frames, only so many are read ahead."""
+    read = []
+
+    def frames(size):
+        for k in range(10_000):
+            read.append(k)
+            yield f"frame#{k}", "text", size, 0.5
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    for size, job in (100, 64), (3_000_000, 2), (50_000_000, 1):
+        monkeypatch.setattr(data, "read_frames", lambda files, size=size: frames(size))
+        read.clear()
+        for n_done, (names, n) in enumerate(data.over_frames(lambda job: (job, len(job)), [], "test", 2), 1):
+            assert n == job and len(read) <= (n_done + 9) * job
+            if n_done == 20:
+                break
