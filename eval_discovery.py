@@ -312,8 +312,9 @@ def main(argv=None):
         if a.score and (a.relaxed or a.structures or ranks > 1):
             raise ValueError("--score takes neither --relaxed nor --structures nor torchrun")
         run(a, rank, ranks, index)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized():  # without the end of the process group's threads, which may abort a process
+            sys.stdout.flush()
+            os._exit(0)
     except (ValueError, OSError, ImportError) as e:
         hint = f": pip install {e.name}" if isinstance(e, ImportError) and e.name else ""
         print(f"error{f' on rank {rank}' if ranks > 1 else ''}: {e}{hint}", file=sys.stderr)

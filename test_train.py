@@ -146,13 +146,16 @@ def test_a_loss_that_explodes_is_told():
 # Runs
 
 
-def test_two_processes_take_the_steps_of_one(packed, tmp_path):
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_processes_take_the_steps_of_one(packed, tmp_path, ranks):
+    """A batch has 6 frames: two of 8 ranks have none."""
     steps = "--steps", "5", "--max-edges", "300"
     go(packed, tmp_path / "one", *steps)
-    assert "2 rank(s)" in run(*TORCHRUN, *command(packed, tmp_path / "two", *steps))
-    (step, one), (_, two) = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert step == 5 and ((one - two).abs() <= 1e-9 * one.abs().clamp(min=1e-6)).all()
-    assert final(tmp_path / "one") == final(tmp_path / "two")  # the errors too
+    torchrun = [f"--nproc_per_node={ranks}" if "nproc" in x else x for x in TORCHRUN]
+    assert f"{ranks} rank(s)" in run(*torchrun, *command(packed, tmp_path / "all", *steps))
+    (step, one), (_, all_ranks) = weights(tmp_path / "one"), weights(tmp_path / "all")
+    assert step == 5 and ((one - all_ranks).abs() <= 1e-9 * one.abs().clamp(min=1e-6)).all()
+    assert final(tmp_path / "one") == final(tmp_path / "all")  # the errors too
 
 
 STEPS = "--steps", "40", "--eval-every", "20", "--save-every", "0"

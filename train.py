@@ -610,12 +610,10 @@ def main():
         if not told:
             raise
         status = 130
-    if status:  # without waiting for other ranks and threads
+    if status or ranks > 1:  # without waiting for other ranks and threads, whose end may abort a process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    if ranks > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
