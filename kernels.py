@@ -1743,7 +1743,7 @@ def machine_code(sources, capability, anew=False):
 
 
 def load(kernels):
-    """Kernels, [(Module, name)]: at once, for the compiler works on many side by side."""
+    """Kernels, [(Module, name)]: at once, for the compiler works on many side by side (that of CUDA 12 on one after another)."""
     kernels = [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
     if kernels:
         codes = machine_code([m.sources[name] for m, name in kernels], kernels[0][0].capability)
