@@ -300,13 +300,13 @@ def test_pairs_equal_those_of_the_cpu(monkeypatch):
 def test_convolution_refuses_other_tensors():
     k = SimpleNamespace(shape=SimpleNamespace(x_dim=4, lmax=0, width=64, w_dim=4), device=CUDA)
     row_ptr, senders = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
-    with pytest.raises(ValueError, match="x should be .2, 4. float32 on cuda"):
+    with pytest.raises(ValueError, match="x should be .2, 4. torch.float32 on cuda"):
         kernels.Conv.apply(
             k, torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4), senders, row_ptr
         )
     k.device = torch.device("cpu")
     tensors = torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4)
-    with pytest.raises(ValueError, match="senders should be .n,. int64 on cpu, not .2,. torch.int32"):
+    with pytest.raises(ValueError, match="senders should be .2,. torch.int64 on cpu, not .2,. torch.int32"):
         kernels.Conv.apply(k, *tensors, senders.int(), row_ptr)
     with pytest.raises(ValueError, match="edge vectors should be float64"):
         kernels.Edges.apply(k, torch.zeros(2, 3), 6.0, 6.0)
@@ -405,6 +405,19 @@ def test_all_that_is_launched_is_compiled_at_once_and_nothing_else(monkeypatch):
         assert {x for x in loads[0] if "geometry" not in x[1]} | edges == launched
         assert loads[0] == set().union(*loads)
     assert len({self for self, _ in launched}) == 3 and len(launched) > 30
+
+
+@needs_device
+def test_the_file_alone(monkeypatch, capsys):
+    """`python kernels.py`: a convolution without a layer."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernels, "Module", OnCPU)
+        monkeypatch.setattr(kernels, "shared_memory", lambda device: 1 << 18)
+    kernels.main("cuda" if torch.cuda.is_available() else "cpu", n=5)
+    said = capsys.readouterr()
+    assert said.out.count("__global__") == 1
+    errors = [float(e) for e in re.findall(r"\d\.\de[+-]\d+", said.err)]
+    assert len(errors) == 10 and max(errors[:5]) < 1e-6 and max(errors[5:]) < 1e-3
 
 
 @needs_device
