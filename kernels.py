@@ -24,7 +24,7 @@ What happens to an edge from atom j to atom i:
 
 1.  `find_pairs` finds it and writes its vector, beside the other edges of i.
 2.  `geometry` makes of the vector its harmonics Y, 8 numbers for each degree, the last ones zero, and its radial basis;
-    `radial_mlp` makes of the basis the layer's `hidden`, 64 numbers. These two, as float16, are all that is stored of it.
+    `radial_mlp` makes of the basis the layer's `hidden`, 64 numbers. Convolutions read Y and hidden only, as float16.
 3.  `forward`, a kernel for each degree l1 of x. A block takes node i, 16 of its edges at a time; Y and hidden of the next 16
     are on their way to shared memory meanwhile. A warp has 16 channels of x. On the tensor cores it makes W of its channels, the
     16 edges and a path from hidden and w3. A thread finds in its registers W of some channels and edges: it loads
@@ -91,10 +91,9 @@ MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of an H100
 #      ..                                                              row 7    0.3   1.3   2.3  ...  7.3
 #     row 15   7.0   7.1   7.2   7.3
 #
-# So a result, rounded, is the left operand of the next product as it is, and, where 8 of its rows are taken as columns, the right one.
-# Products over 16 have two such operands side by side. Rows g and g+8 being a thread's, `forward` and `weight_grad`, whose
-# rows are channels, give them 2g and 2g+1: even channels are rows 0 to 7, odd ones 8 to 15, and a thread's two are neighbours
-# in memory, 8 bytes at once.
+# So a result, rounded, is the left operand of the next product as it is, and 8 of its rows, taken as columns, the right one.
+# Products over 16 have two such operands side by side. A thread has rows g and g+8: `forward` and `weight_grad`, whose rows
+# are channels, give it channels 2g and 2g+1, which are 8 bytes in memory: rows 0 to 7 are the even channels, 8 to 15 the odd.
 
 # What the kernels ask of the GPU, in PTX. test_kernels.py has the same in C++, and so runs all else on a CPU.
 HARDWARE = r"""
@@ -1771,7 +1770,7 @@ def machine_code(sources, capability, anew=False):
 
 
 def load(kernels):
-    """Kernels, [(Module, name)]: at once, for the compiler works on many side by side (that of CUDA 12 on one after another)."""
+    """Kernels, [(Module, name)], at once: the compiler works on many side by side (that of CUDA 12 on one by one)."""
     kernels = [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
     if kernels:
         codes = machine_code([m.sources[name] for m, name in kernels], kernels[0][0].capability)
@@ -2273,7 +2272,7 @@ def kernels_of(layer, model):
 
 @functools.lru_cache
 def prepare(*layers, training):
-    """Compile what passes through these LayerKernels launch, all at once. `Conv`, which the model does without, is not among it."""
+    """Compile all at once what passes through these LayerKernels launch, which is less than they have: no `Conv`."""
     others = "backward_1 weight_grad_false" if training else "backward_1 backward_2 true weight_grad mlp_back"
     unused = lambda name: any(part in name for part in others.split())
     load([(k.module, name) for k in layers for name in k.module.sources if not unused(name)])

@@ -364,8 +364,8 @@ assert kernels.machine_code([*"abcdab"], (9, 0)) == [x * 1000 for x in (b"a", b"
 
 def test_kernels_are_compiled_side_by_side_and_once(tmp_path):
     """By one of two processes, two threads at a time; the other one waits and finds them."""
-    run = lambda: subprocess.Popen([sys.executable, "-c", KEEPER], env=env, text=True, stdout=-1, stderr=-1)
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parent)}
+    how = dict(cwd=Path(kernels.__file__).parent, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    run = lambda: subprocess.Popen([sys.executable, "-c", KEEPER], text=True, stdout=-1, stderr=-1, **how)
     out = [p.communicate(timeout=120) for p in (run(), run())]
     assert sorted("".join(o for o, _ in out).split()) == [*"abcd"]
     said = f"compiling 4 CUDA kernels (or waiting for a process that does), once: they are kept in {tmp_path}"
@@ -663,7 +663,7 @@ def test_padded_batches_and_their_cuda_graph(monkeypatch):
         expected = gradient(trainer.add_gradient, batch, counts)
         assert isinstance(trainer.accumulate, Replay)
         for used in filter(None, (padded, getattr(trainer.accumulate, "padded", None))):
-            used.batch.vectors.zero_()  # as of two atoms at one place in a batch before: this edge may be beyond those of the next
+            used.batch.vectors.zero_()  # as of two atoms at one place: the next batch may leave this edge as padding
         if torch.cuda.is_available():
             before, got = trainer.accumulate.padded, gradient(trainer.accumulate, batch, counts)
             assert (trainer.accumulate.padded is before) == (before is not None and len(some) < 5)
