@@ -60,6 +60,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -1752,10 +1753,10 @@ def machine_code(sources, capability, anew=False):
             return file(source).read_bytes()
 
     def compiled(source):
-        binary, part = compile_cuda(source, options), file(source).with_suffix(f".{os.getpid()}")
+        binary, part = compile_cuda(source, options), file(source).with_suffix(f".{os.getpid()}.{get_ident()}")
         with contextlib.suppress(OSError):
             part.write_bytes(binary)
-            part.replace(file(source))  # whole or not at all: other processes may read it
+            part.replace(file(source))  # whole or not at all: others may read it
         return binary
 
     found = {s: None if anew else kept(s) for s in sources}
