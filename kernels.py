@@ -60,7 +60,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -1770,13 +1770,20 @@ def machine_code(sources, capability, anew=False):
     return [found[s] for s in sources]
 
 
+# Of several threads that are the first to use a model, one makes its kernels, and one loads them.
+MAKING, LOADING = Lock(), Lock()
+
+
 def load(kernels):
     """Kernels, [(Module, name)], at once: the compiler works on many side by side (that of CUDA 12 on one by one)."""
-    kernels = [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
-    if kernels:
-        codes = machine_code([m.sources[name] for m, name in kernels], kernels[0][0].capability)
-        for (m, name), code in zip(kernels, codes):
-            m.add(name, code)
+    missing = lambda: [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
+    if not missing():
+        return
+    with LOADING:  # else a thread puts its function in the place of one that another has given its shared memory
+        if new := missing():
+            codes = machine_code([m.sources[name] for m, name in new], new[0][0].capability)
+            for (m, name), code in zip(new, codes):
+                m.add(name, code)
 
 
 class Module:
@@ -2046,7 +2053,7 @@ class Conv(torch.autograd.Function):
 
 def in_order(gh):
     """The gradient by `hidden`, of which `backward` leaves columns 2q, 2q+1, 2q+8, 2q+9 of 16 next to each other."""
-    return gh.view(*gh.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(gh.shape)
+    return gh.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
 class Edges(torch.autograd.Function):
@@ -2268,7 +2275,8 @@ def layer_kernels(muls_in, muls_out, lmax, width, n_basis, exact, norm, device):
 
 def kernels_of(layer, model):
     shape = layer.muls_in, layer.muls_out, layer.lmax, len(layer.radial[-1]), len(layer.radial[0])
-    return layer_kernels(*shape, not model.tf32, layer.norm is not None, layer.radial[0].device)
+    with MAKING:
+        return layer_kernels(*shape, not model.tf32, layer.norm is not None, layer.radial[0].device)
 
 
 @functools.lru_cache

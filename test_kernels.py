@@ -3,6 +3,7 @@
 Without one, their own source is compiled as C++ and run on the CPU, threads in turn: slow, and the same to the last sum.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,13 +353,13 @@ def test_no_loop_is_the_branch_of_an_if_with_else():
 
 
 KEEPER = """
-import sys, threading, time
+import os, threading
 import kernels
 def compile_cuda(source, options):
     both.wait()  # until two are at it: else BrokenBarrierError
-    print(source, flush=True)
+    os.write(1, source.encode())  # at once; a line that is printed may be torn by that of the other thread
     return source.encode() * 1000
-both, kernels.compile_cuda = threading.Barrier(2, timeout=20), compile_cuda
+both, kernels.compile_cuda = threading.Barrier(2, timeout=100), compile_cuda
 kernels.os.sched_getaffinity = lambda _: {0, 1}
 assert kernels.machine_code([*"abcdab"], (9, 0)) == [x * 1000 for x in (b"a", b"b", b"c", b"d", b"a", b"b")]
 """
@@ -367,9 +370,55 @@ def test_kernels_are_compiled_side_by_side_and_once(tmp_path):
     how = dict(cwd=Path(kernels.__file__).parent, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
     run = lambda: subprocess.Popen([sys.executable, "-c", KEEPER], text=True, stdout=-1, stderr=-1, **how)
     out = [p.communicate(timeout=120) for p in (run(), run())]
-    assert sorted("".join(o for o, _ in out).split()) == [*"abcd"]
+    assert sorted("".join(o for o, _ in out)) == [*"abcd"], out
     said = f"compiling 4 CUDA kernels (or waiting for a process that does), once: they are kept in {tmp_path}"
     assert any(said in e for _, e in out) and run().communicate(timeout=120) == ("", "")
+
+
+class Driver:
+    """Of CUDA: kernels do nothing, and are refused more shared memory than was asked for."""
+
+    def __init__(self):
+        self.loaded, self.shared = [], {}
+
+    def __getattr__(self, name):
+        return lambda *_: 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        self.loaded.append(name)
+        function._obj.value = len(self.loaded)
+
+    def cuFuncSetAttribute(self, function, which, size):
+        self.shared[function.value] = size
+
+    def cuLaunchKernel(self, function, *sizes):
+        return int(sizes[6] > self.shared.get(function.value, 0))
+
+
+def test_two_threads_begin_at_once(monkeypatch):
+    model, batch = random_model(hidden="12x0e+6x1o", layers=3).to("cpu"), batch_on("cpu", structures()[-1:])
+    both, compiled, driver = threading.Barrier(2), [], Driver()
+
+    def machine_code(sources, capability):
+        compiled.append(sources)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)  # for another thread, which should not come
+        return sources
+
+    about = SimpleNamespace(multi_processor_count=1, shared_memory_per_block_optin=1 << 18)
+    cuda = dict(device=contextlib.nullcontext, current_device=lambda: None, synchronize=lambda: None)
+    cuda |= dict(get_device_capability=lambda _: (9, 0), get_device_properties=lambda _: about)
+    for name, stub in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setattr(kernels, "machine_code", machine_code)
+    monkeypatch.setattr(kernels, "layer_kernels", functools.lru_cache(layer_kernels.__wrapped__))
+    run = lambda _: kernels.atom_energies(model, batch.numbers, batch.vectors, batch.senders, batch.row_ptr)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert kernels.layer_kernels.cache_info().misses == 3
+    assert len(compiled) == 1 and len(driver.loaded) == len(compiled[0])
 
 
 def test_the_cache_of_kernels(tmp_path, monkeypatch, capsys):
@@ -438,6 +487,9 @@ def test_room_for_edges_but_none():
     k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, torch.ones_like(y), slope=hidden[1], gx=gx, gsh=gsh, gr=gr)
     gw3 = k.weight_grad(x, sh, hidden[0], senders, row_ptr, torch.ones_like(y))
     assert all((t == 0).all() for t in (y, gx, gsh, gr, gw3))
+    inputs = [t.requires_grad_() for t in (x, x.new_ones(0, 1), x.new_ones(0, 64), w3)]  # and no room
+    grads = torch.autograd.grad(kernels.Conv.apply(k, *inputs, senders[:0], row_ptr).sum(), inputs)
+    assert all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, inputs))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
