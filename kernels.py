@@ -2,7 +2,11 @@
 
     out[i] = sum over edges e with receiver i of  (hidden_e w3) * CG(x[sender_e], Y_e)
 
-What it is. A path (l1, l2 -> l3) couples the sender's features x[u, m1] (channel u) with the edge's harmonics Y[m2], by
+    k = Convolution(muls, paths, lmax, width, exact, device)                # of one shape
+    out = Conv.apply(k, x, sh, hidden, w3, senders, row_ptr)                # differentiable once
+    python kernels.py > forward.cu                                          # checks it, and prints one kernel to read
+
+The idea. A path (l1, l2 -> l3) couples the sender's features x[u, m1] (channel u) with the edge's harmonics Y[m2], by
 coefficients C that are the same for all edges, and weighs the result by W_u = sum_k hidden_k w3_ku. So C can be taken out
 of the sum over the edges of a node, and what remains are products of small matrices, which the tensor cores do:
 
@@ -16,18 +20,27 @@ Backward, g being the gradient at the node's output:
 Take (1, 1 -> 2) and one channel: Z is the 3 x 3 sum of W x Y^T over the node's edges, and the 5 outputs are the inner products
 of Z with the five 3 x 3 matrices C[:, :, m3], which are symmetric and have no trace.
 
-The weights W of an edge are never in memory: a warp forms those of 16 edges and 8 (or 16) channels on the tensor cores, from
-hidden and w3 in shared memory, and the layout of that result is the work plan: a thread has the weights, features and
-gradients of the edges and channels that the matrix product gave it. Edges are sorted by receiver: a block takes one node
-at a time, its 16 edges at a time, and fetches the next 16 meanwhile.
+What happens to an edge from atom j to atom i:
+
+1.  `find_pairs` finds it and writes its vector, beside the other edges of i.
+2.  `geometry` makes of the vector its harmonics Y, 8 numbers for each degree, the last ones zero, and its radial basis;
+    `radial_mlp` makes of the basis the layer's `hidden`, 64 numbers. Convolutions read Y and hidden only, as float16.
+3.  `forward`, a kernel for each degree l1 of x. A block takes node i, 16 of its edges at a time; Y and hidden of the next 16
+    are on their way to shared memory meanwhile. A warp has 16 channels of x. On the tensor cores it makes W of its channels, the
+    16 edges and a path from hidden and w3. A thread finds in its registers W of some channels and edges: it loads
+    x[j] of just these from memory and multiplies. The result, again an operand of the tensor cores, times Y is
+    added to Z: 16 channels by 8 components m2, for each m1, in registers.
+4.  After the last edge of i, Z times C is out[i], which is written once. Neither W nor the messages are ever in memory.
+5.  `norm_gate` and the matrix products of `Linear` turn out[i] into the next layer's x[i].
+6.  `backward` forms G of node i once, takes the same 16 edges, makes their W again and T = G Y, adds W T to the gradient of
+    x[j], in memory, and sums over all channels what goes to Y and r (to hidden, when weights are trained).
+7.  `weight_grad`: a warp keeps the gradient of w3, of 16 channels and some paths, in registers for many nodes.
+8.  `geometry_back`: gradients by Y and r become that by the vector, of which forces and stress are sums.
 
 Training on forces needs no double backward. With tangents (xd, Yd, hiddend) along a displacement of the atoms, the tangent
-of the output is a first-order quantity, and one backward of (out, tangent) gives the gradient of the weights.
-
-Kernels: `forward` (of values or tangents), `backward` (of values, or of both), `weight_grad`, of each degree l1 of x;
-`radial_mlp`, `norm_gate` and `geometry` do what stands between the convolutions; `find_pairs` makes the edges. At the end of
-the file the network of model.py is made of them (`atom_energies`, `energy_tangent`), and a training step is a CUDA graph
-(`Replay`).
+of the output is a first-order quantity (`forward<true>`), and one backward of (out, tangent) gives the gradient of the
+weights. At the end of the file the network of model.py is made of all this (`atom_energies`, `energy_tangent`), and a training
+step is a CUDA graph (`Replay`).
 
 Modes. exact=False takes float16 for the operands of matrix products: its significand is TF32's. exact=True takes pairs of
 them, 22 bits, and three products: float32 accuracy. Gradients are brought to about 1 before, so that their size does not
@@ -42,10 +55,12 @@ import functools
 import gc
 import hashlib
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock, get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,6 +78,24 @@ BOUNDS = {
     "weight_grad<true>": (2, 2, 2, 2),
 }
 MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of an H100
+
+# How a matrix lies in the registers of a warp, whose threads are (g, q) = (lane / 4, lane % 4). The thread g.q holds, of
+#
+#     the result (16 x 8) and, as float16, the left operand:           the right operand (8 x 8), as float16:
+#
+#     columns  0 1   2 3   4 5   6 7                                   columns   0     1     2         7
+#     row 0    0.0   0.1   0.2   0.3    in its first two registers     row 0    0.0   1.0   2.0  ...  7.0
+#     row 1    1.0   1.1   1.2   1.3                                   row 1    0.0   1.0   2.0  ...  7.0
+#      ..                                                              row 2    0.1   1.1   2.1  ...  7.1
+#     row 7    7.0   7.1   7.2   7.3                                   row 3    0.1   1.1   2.1  ...  7.1
+#     row 8    0.0   0.1   0.2   0.3    in the other two                ..
+#      ..                                                              row 7    0.3   1.3   2.3  ...  7.3
+#     row 15   7.0   7.1   7.2   7.3
+#
+# So a result, rounded, is the left operand of the next product as it is, and 8 of its rows, taken as columns, the right one.
+# Products over 16 have two such operands side by side. A thread has rows g and g+8: `forward` and `weight_grad`, whose rows
+# are channels, give it channels 2g and 2g+1, which are 8 bytes in memory: rows 0 to 7 are the even channels, 8 to 15 the odd.
+
 # What the kernels ask of the GPU, in PTX. test_kernels.py has the same in C++, and so runs all else on a CPU.
 HARDWARE = r"""
 typedef long long i64;
@@ -1478,73 +1511,65 @@ def node_source(muls_out, norm):
     number of weights."""
     from model import SILU_NORM
 
-    gates = sum(muls_out[1:])
-    channels = [muls_out[0] + gates, *muls_out[1:]]
-    v_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(channels)]]).tolist()
-    o_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls_out)]]).tolist()
-    w_off = np.cumsum([0, *channels]).tolist()
-    g_off = np.cumsum([muls_out[0], *muls_out[1:]]).tolist()
+    channels = [sum(muls_out), *muls_out[1:]]  # before the gate, whose own are scalars
+    offsets = lambda muls: np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls)]]).tolist()
+    v_off, o_off = offsets(channels), offsets(muls_out)
+    w_off, g_off = (np.cumsum([0, *m]).tolist() for m in (channels, muls_out))
     lanes = lambda n: -(-n // 32)  # registers a thread for n channels
     slot, calls, back, stores = lanes(muls_out[0]), [], [], [(0, muls_out[0], 0)]
-    for l in range(1, len(muls_out)):
-        m = muls_out[l]
-        at = f"DUAL, {2 * l + 1}, {m}, {v_off[l]}, {o_off[l]}, {g_off[l - 1]}, {w_off[l]}"
+    for l, m in list(enumerate(muls_out))[1:]:
+        at = f"DUAL, {2 * l + 1}, {m}, {v_off[l]}, {o_off[l]}, {g_off[l]}, {w_off[l]}"
         calls.append(f"  gated_degree<{at}>(A, v, vd, out, outd, inv, invd, lane);")
         arguments = f"gw + {slot}, gw + {slot + lanes(m)}, v, vd, g, gd, out, outd, inv, invd, lane"
         back.append(f"  gated_degree_back<{at}>(A, sums, {arguments});")
-        stores += [(g_off[l - 1], m, slot), (w_off[l], m, slot + lanes(m))]
+        stores += [(g_off[l], m, slot), (w_off[l], m, slot + lanes(m))]
         slot += 2 * lanes(m)
+    store = "  EACH(i, {}) if (lane + 32 * i < {}) gw[{} + lane + 32 * i] = mine[{} + i];"
+    stores = [store.format(lanes(n), n, at, slot) for at, n, slot in stores]
     k = [f"{1 / (2 * l + 1) ** 2 / len(muls_out)!r}f" for l in range(len(muls_out))]
     weight = "".join(f"i < {end} ? {value} : " for end, value in zip(v_off[1:], k[:-1])) + k[-1]
-    heads = (
-        f"#define NS {muls_out[0]}\n#define NDIM {v_off[-1]}\n#define FDIM {o_off[-1]}\n#define WN {w_off[-1]}\n"
-        f"#define NORM {int(norm)}\n#define C_SILU {SILU_NORM!r}f\nDEV float weight_of(int i) {{ return {weight}; }}\n"
-        "struct Nodes;\nstruct Sums;\n"
-        "template <bool DUAL> DEV void gated(const Nodes&, const float*, const float*, float*, float*, float, float, int);\n"
-        "template <bool DUAL> DEV void gated_back(const Nodes&, Sums&, float*, const float*, const float*, const float*, "
-        "const float*, float*, float*, float, float, int);\n"
-        "DEV void store_gw(float*, const float*, int);\n"
-    )
-    tails = [
-        "template <bool DUAL>",
-        "DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd,",
-    ]
-    tails += ["    float inv, float invd, int lane) {", *calls, "}"]
-    tails += [
-        "template <bool DUAL>",
-        "DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd,",
-    ]
-    tails += [
-        "    const float* g, const float* gd, float* out, float* outd, float inv, float invd, int lane) {",
-        *back,
-        "}",
-    ]
-    tails += ["DEV void store_gw(float* gw, const float* mine, int lane) {"]
-    tails += [
-        f"  EACH(i, {lanes(n)}) if (lane + 32 * i < {n}) gw[{at} + lane + 32 * i] = mine[{slot} + i];"
-        for at, n, slot in stores
-    ] + ["}"]
-    common, entries = heads + NODES + "\n".join(tails), {}
+    lines = "\n".join
+    common = f"""#define NS {muls_out[0]}
+#define NDIM {v_off[-1]}
+#define FDIM {o_off[-1]}
+#define WN {w_off[-1]}
+#define NORM {int(norm)}
+#define C_SILU {SILU_NORM!r}f
+DEV float weight_of(int i) {{ return {weight}; }}
+struct Nodes;
+struct Sums;
+template <bool DUAL> DEV void gated(const Nodes&, const float*, const float*, float*, float*, float, float, int);
+template <bool DUAL> DEV void gated_back(const Nodes&, Sums&, float*, const float*, const float*, const float*, \
+const float*, float*, float*, float, float, int);
+DEV void store_gw(float*, const float*, int);
+{NODES}template <bool DUAL>
+DEV void gated(const Nodes& A, const float* v, const float* vd, float* out, float* outd,
+    float inv, float invd, int lane) {{
+{lines([*calls, "}"])}
+template <bool DUAL>
+DEV void gated_back(const Nodes& A, Sums& sums, float* gw, const float* v, const float* vd,
+    const float* g, const float* gd, float* out, float* outd, float inv, float invd, int lane) {{
+{lines([*back, "}"])}
+DEV void store_gw(float* gw, const float* mine, int lane) {{
+{lines([*stores, "}"])}"""
+    parts = {}
     for call in "norm_gate<false>", "norm_gate_back<false>", "norm_gate<true>", "norm_gate_back<true>":
-        entry = f'extern "C" __global__ void {plain(call)}(const Nodes A) {{ {call}(A); }}'
-        entries[plain(call)] = common, entry
-    return entries, o_off[-1], w_off[-1]
+        parts[plain(call)] = common, f'extern "C" __global__ void {plain(call)}(const Nodes A) {{ {call}(A); }}'
+    return parts, o_off[-1], w_off[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The source of a layer's shape
+# The source of one shape. Each kernel is compiled alone: those that are launched, many at once. So a source is {kernel: its
+# parts}, which kernels have in common; what does not depend on the channels is the same in all layers, and compiled once.
 
 
-def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
-    """CUDA source of the kernels of one layer's shape, {kernel: its parts}; its constants; and the table of coupling
-    coefficients that they take. Each kernel is compiled alone: the compiler is called for those that are launched, for
-    many at once. What does not depend on the layer is the same for all, and compiled once.
+def convolution_source(muls, paths, lmax, width, exact, warps):
+    """CUDA source of the convolution's kernels; its constants; and the table of coupling coefficients that they take.
 
-    muls, muls_out: channels at l = 0, 1, ... of x and of the layer's result; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1,
-    2l3+1) array, in the order of the weights; width: columns of `hidden`, a multiple of 64; n_basis: inputs of the radial
-    MLP; warps: of a block, 4, 2 or 1.
+    muls: channels at l = 0, 1, ... of x; paths: [(l3, l1, l2, cg)], cg a (2l1+1, 2l2+1, 2l3+1) array, in the order of the
+    weights; width: columns of `hidden`, a multiple of 64; warps: of a block, 4, 2 or 1.
     """
-    l_out = len(muls_out) - 1
+    l_out = max(l3 for l3, *_ in paths)
     mid, column, columns, channel = [0] * (l_out + 1), 0, [], []
     for l3, l1, _, _ in paths:
         columns.append(column)
@@ -1553,11 +1578,9 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         mid[l3] += muls[l1]
     y_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(mid)]]).tolist()
     x_off = np.cumsum([0, *[(2 * l + 1) * m for l, m in enumerate(muls)]]).tolist()
-    c = SimpleNamespace(
-        x_dim=x_off[-1], y_dim=y_off[-1], w_dim=column, lmax=lmax, width=width, exact=exact, warps=warps
-    )
-    c.basis = -(-n_basis // 16) * 16
-    head = HARDWARE, f"#define EXACT {int(exact)}\n#define K {width}\n#define LMAX {lmax}"
+    c = SimpleNamespace(lmax=lmax, width=width, exact=exact, warps=warps, mlp=())
+    c.x_dim, c.y_dim, c.w_dim = x_off[-1], y_off[-1], column
+    c.head = HARDWARE, f"#define EXACT {int(exact)}\n#define K {width}\n#define LMAX {lmax}"
     channels = f"#define XDIM {c.x_dim}\n#define YDIM {c.y_dim}\n#define WDIM {column}"
     channels += f"\n#define EVEN {int(all(m % 2 == 0 for m in muls))}"
     parts = {}
@@ -1576,7 +1599,7 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         for n, call in calls:
             code.append(f"  if (i < {begin + n}) return {call.replace('#', f'(i - {begin})')};")
             begin += n
-        parts[function] = *head, channels, PRELUDE, degree, "\n".join([*code, "}"])
+        parts[function] = *c.head, channels, PRELUDE, degree, "\n".join([*code, "}"])
         c.kernels[plain(name)].append(SimpleNamespace(function=function, threads=threads, shared=shared, slabs=begin))
 
     for l1 in reversed(range(len(muls))):  # long ones first
@@ -1597,7 +1620,7 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         fill = dict(L=l1, D1=d, NP=len(ps), MUL=mul, XOFF=x_off[l1], CG=len(table), WARPS=warps, tables=tables)
         octets = (
             2 if d == 1 and mul > 8 * warps and not exact else 1
-        )  # times 8 channels of a warp in `backward`, as registers allow
+        )  # of channels, a warp in `backward`, as registers allow
         fill |= dict(groups=groups, SLOTS=c.slots, O=octets)
         degree = DEGREE.format(**fill)
         for _, _, _, _, cg in ps:
@@ -1605,11 +1628,8 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
                 table.append(np.pad(cg[m].T, [(0, 8 - cg.shape[2]), (0, 8 - cg.shape[1])]))  # (m3, m2)
         threads = 32 * min(warps, -(-mul // 16))
         for dual in "false", "true":
-            starts = [(s, min(step, len(ps) - s)) for s in range(0, len(ps), step)]
-            calls = [
-                (-(-mul // (16 * warps)), f"L{l1}::forward<{dual}, {s}, {n}>(A, # * {warps}, memory)")
-                for s, n in starts
-            ]
+            call = f"L{l1}::forward<{dual}, %d, %d>(A, # * {warps}, memory)"
+            calls = [(-(-mul // (16 * warps)), call % (s, min(step, len(ps) - s))) for s in range(0, len(ps), step)]
             size = 16 + edges * (4 if dual == "true" else 2) + threads // 2 * width * step * stored
             kernel(f"forward<{dual}>", l1, threads, size, calls)
         for mode in range(3):
@@ -1623,24 +1643,25 @@ def source(muls, muls_out, paths, lmax, width, n_basis, exact, norm, warps):
         size = warps * 2 * (edges + 64 + 16 * (64 * d + 16))
         most = 4 if d == 1 else 2  # paths of a warp in `weight_grad`, as registers allow
         for dual in "false", "true":
-            starts = [(s, min(most, len(ps) - s)) for s in range(0, len(ps), most)]
             call = f"L{l1}::weight_grad<{dual}, %d, %d>(A, # * {16 * groups}, (L{l1}::Rows*)memory)"
-            kernel(
-                f"weight_grad<{dual}>",
-                l1,
-                32 * warps,
-                size,
-                [(-(-mul // (16 * groups)), call % start) for start in starts],
-            )
+            calls = [(-(-mul // (16 * groups)), call % (s, min(most, len(ps) - s))) for s in range(0, len(ps), most)]
+            kernel(f"weight_grad<{dual}>", l1, 32 * warps, size, calls)
+    return parts, c, np.array(table, np.float32)
+
+
+def layer_source(muls, paths, lmax, width, exact, warps, muls_out, n_basis, norm):
+    """The same for a whole layer. muls_out: channels of its result; n_basis: inputs of the radial MLP; norm: has it a norm?"""
+    parts, c, table = convolution_source(muls, paths, lmax, width, exact, warps)
+    c.basis, stored = -(-n_basis // 16) * 16, 4 if exact else 2
     rows = lambda columns: columns * stored + 16  # bytes of one in shared memory
     weights, basis = (c.basis + width) * width * stored, 32 * warps * rows(c.basis)
     c.mlp = weights + basis, weights + basis + 6 * 16 * warps * rows(width) + 16
-    head = *head, PRELUDE, f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", MLP
+    head = *c.head, PRELUDE, f"#define BASIS {c.basis}\n#define N_BASIS {n_basis}\n#define WARPS {warps}", MLP
     parts |= dict(radial_mlp=(*head, RADIAL_MLP), radial_mlp_back=(*head, RADIAL_MLP_BACK))
     parts |= dict.fromkeys(("geometry", "geometry_back"), (*head, GEOMETRY))
     nodes, c.f_dim, c.n_weights = node_source(muls_out, norm)
     parts |= {name: (*head, *texts) for name, texts in nodes.items()}
-    return parts, c, np.array(table, np.float32)
+    return parts, c, table
 
 
 def plain(kernel):
@@ -1657,16 +1678,23 @@ def count_groups(mul, warps):
 # Compilation and launch
 
 
-class Args(ctypes.Structure):
-    POINTERS = "x xd rd w3 cg gy gyd sh shd hidden slope senders row_ptr out gx gsh gr gh gslope gw3 taken".split()
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [("n_atoms", ctypes.c_int)]
+def mirror(name, code):
+    """The struct of this name in CUDA source, of pointers, ints and doubles, for ctypes."""
+    fields, kinds = [], dict(int=ctypes.c_int, double=ctypes.c_double)
+    text = re.search(rf"struct {name} \{{(.*?)\}};", code, re.DOTALL)[1]
+    for kind, names in re.findall(r"(?:const )?(\w+)\b([^;]*);", re.sub("//.*", "", text)):
+        fields += [(n.strip(" *"), ctypes.c_void_p if "*" in n else kinds[kind]) for n in names.split(",")]
+    return type(name, (ctypes.Structure,), dict(_fields_=fields))
+
+
+STRUCTS = dict(Args=PRELUDE, Geometry=GEOMETRY, Mlp=MLP, Nodes=NODES, Pairs=PAIRS)
+Args, Geometry, Mlp, Nodes, Pairs = map(mirror, STRUCTS, STRUCTS.values())
 
 
 def fill(arguments, **values):
     """A kernel's arguments, of numbers and tensors; None: a null pointer."""
-    return arguments(
-        **{k: v if isinstance(v, (int, float)) else v.data_ptr() for k, v in values.items() if v is not None}
-    )
+    values = {k: v for k, v in values.items() if v is not None}
+    return arguments(**{k: v if isinstance(v, (int, float)) else v.data_ptr() for k, v in values.items()})
 
 
 def check(status, what):
@@ -1725,10 +1753,10 @@ def machine_code(sources, capability, anew=False):
             return file(source).read_bytes()
 
     def compiled(source):
-        binary, part = compile_cuda(source, options), file(source).with_suffix(f".{os.getpid()}")
+        binary, part = compile_cuda(source, options), file(source).with_suffix(f".{os.getpid()}.{get_ident()}")
         with contextlib.suppress(OSError):
             part.write_bytes(binary)
-            part.replace(file(source))  # whole or not at all: other processes may read it
+            part.replace(file(source))  # whole or not at all: others may read it
         return binary
 
     found = {s: None if anew else kept(s) for s in sources}
@@ -1742,13 +1770,20 @@ def machine_code(sources, capability, anew=False):
     return [found[s] for s in sources]
 
 
+# Of several threads that are the first to use a model, one makes its kernels, and one loads them.
+MAKING, LOADING = Lock(), Lock()
+
+
 def load(kernels):
-    """Kernels, [(Module, name)]: at once, for the compiler works on many side by side."""
-    kernels = [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
-    if kernels:
-        codes = machine_code([m.sources[name] for m, name in kernels], kernels[0][0].capability)
-        for (m, name), code in zip(kernels, codes):
-            m.add(name, code)
+    """Kernels, [(Module, name)], at once: the compiler works on many side by side (that of CUDA 12 on one by one)."""
+    missing = lambda: [(m, name) for m, name in dict.fromkeys(kernels) if name not in m.functions]
+    if not missing():
+        return
+    with LOADING:  # else a thread puts its function in the place of one that another has given its shared memory
+        if new := missing():
+            codes = machine_code([m.sources[name] for m, name in new], new[0][0].capability)
+            for (m, name), code in zip(new, codes):
+                m.add(name, code)
 
 
 class Module:
@@ -1836,33 +1871,17 @@ def shared_memory(device):
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-class Geometry(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "vectors along gsh gr".split()]
-    _fields_ += [("cutoff", ctypes.c_double), ("p", ctypes.c_double)]
-    _fields_ += [(name, ctypes.c_void_p) for name in "g sh basis rd".split()] + [("n_edges", ctypes.c_int)]
+class Convolution:
+    """The kernels of one shape of the convolution on one device. Arguments as of `convolution_source`."""
 
+    source = staticmethod(convolution_source)
 
-class Mlp(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "basis w1 w2 grad out gw1 gw2".split()] + [
-        ("n_edges", ctypes.c_int)
-    ]
-
-
-class Nodes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in "v vd w g gd out outd gw".split()] + [("n_atoms", ctypes.c_int)]
-
-
-class LayerKernels:
-    """The compiled kernels of one layer's shape on one device. Arguments as `source`."""
-
-    def __init__(self, muls, muls_out, paths, lmax, width, n_basis, exact, norm, device):
+    def __init__(self, muls, paths, lmax, width, exact, device):
         self.device = torch.empty(0, device=device).device  # with its index
-        args = (muls, muls_out, paths, lmax, width, n_basis, exact, norm)
         for warps in (4, 2, 1):  # as the device's shared memory allows
-            sources, self.shape, table = source(*args, warps)
-            if max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks]) <= shared_memory(
-                self.device
-            ):
+            sources, self.shape, table = self.source(muls, paths, lmax, width, exact, warps)
+            needed = max(*self.shape.mlp, *[k.shared for ks in self.shape.kernels.values() for k in ks])
+            if needed <= shared_memory(self.device):
                 break
         self.cg = torch.from_numpy(table).to(self.device)
         components = [8 * l + m for l in range(lmax + 1) for m in range(2 * l + 1)]
@@ -1873,16 +1892,14 @@ class LayerKernels:
 
     def blocks(self, kernel, n_atoms, atoms=1):
         """As many as run at once: each takes one node after another."""
-        return min(
-            -(-n_atoms // atoms), max(self.resident(kernel.function, kernel.threads, kernel.shared) // kernel.slabs, 1)
-        )
+        resident = self.resident(kernel.function, kernel.threads, kernel.shared)
+        return min(-(-n_atoms // atoms), max(resident // kernel.slabs, 1))
 
     def launch_edges(self, name, x, senders, atoms=1, **tensors):
         """The kernels of all degrees; a block takes `atoms` nodes at a time. Raises ValueError if there are too many."""
         if max(x.numel(), 16 * len(senders)) >= 2**31:
-            raise ValueError(
-                f"{len(x)} atoms with {len(senders)} edges are too many for 32-bit indices: take fewer at a time"
-            )
+            many = f"{len(x)} atoms with {len(senders)} edges"
+            raise ValueError(f"{many} are too many for 32-bit indices: take fewer at a time")
         kernels, n_atoms = self.shape.kernels[name], len(tensors["row_ptr"]) - 1
         load([(self.module, k.function) for k in kernels])
         taken = torch.zeros(sum(k.slabs for k in kernels), dtype=torch.int32, device=self.device)
@@ -1927,6 +1944,14 @@ class LayerKernels:
         self.launch_edges(name, x, senders, c.warps, sh=sh, hidden=hidden, row_ptr=row_ptr, gy=gy, **tangents, gw3=part)
         return part.sum(0)
 
+
+class LayerKernels(Convolution):
+    """The kernels of a layer: its convolution, and what stands between these. Arguments as of `layer_source`."""
+
+    def __init__(self, muls, paths, lmax, width, exact, device, muls_out, n_basis, norm):
+        self.source = functools.partial(layer_source, muls_out=muls_out, n_basis=n_basis, norm=norm)
+        super().__init__(muls, paths, lmax, width, exact, device)
+
     def geometry(self, name, vectors, **tensors):
         if len(vectors):
             args = fill(Geometry, vectors=vectors, n_edges=len(vectors), **tensors)
@@ -1937,9 +1962,8 @@ class LayerKernels:
         threads, shared = 32 * c.warps, c.mlp[name == "radial_mlp_back"]
         blocks = min(-(-n_edges // (16 * c.warps)), self.resident(name, threads, shared))
         tensors = {k: t.new_empty(blocks, *t.shape) if k in ("gw1", "gw2") else t for k, t in tensors.items()}
-        args = fill(
-            Mlp, basis=basis, w1=weights[0].contiguous(), w2=weights[1].contiguous(), n_edges=n_edges, **tensors
-        )
+        tensors |= dict(basis=basis, w1=weights[0].contiguous(), w2=weights[1].contiguous())
+        args = fill(Mlp, n_edges=n_edges, **tensors)
         self.launch(name, (blocks, 1), args, threads, shared)
         return tensors
 
@@ -1960,14 +1984,6 @@ class LayerKernels:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Neighbour list
-
-
-class Pairs(ctypes.Structure):
-    POINTERS = "positions cell pbc structure order start bin wrap bins reach first_bin count begin senders receivers shifts vectors"
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS.split()] + [
-        ("square", ctypes.c_double),
-        ("n_atoms", ctypes.c_int),
-    ]
 
 
 @functools.lru_cache
@@ -2014,16 +2030,12 @@ class Conv(torch.autograd.Function):
     def forward(ctx, k, x, sh, hidden, w3, senders, row_ptr):
         n_atoms, n_edges, c = len(row_ptr) - 1, len(senders), k.shape
         shapes = (n_atoms, c.x_dim), (n_edges, (c.lmax + 1) ** 2), (n_edges, c.width), (c.width, c.w_dim)
-        for t, shape, name in zip((x, sh, hidden, w3), shapes, ("x", "sh", "hidden", "w3")):
-            if t.shape != shape or t.dtype != torch.float32 or t.device != k.device:
-                raise ValueError(
-                    f"{name} should be {shape} float32 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}"
-                )
-        for t, name in ((senders, "senders"), (row_ptr, "row_ptr")):
-            if t.ndim != 1 or t.dtype != torch.int64 or t.device != k.device:
-                raise ValueError(
-                    f"{name} should be (n,) int64 on {k.device}, not {tuple(t.shape)} {t.dtype} on {t.device}"
-                )
+        wanted = [*zip(("x", "sh", "hidden", "w3"), (x, sh, hidden, w3), shapes, [torch.float32] * 4)]
+        wanted += [("senders", senders, (n_edges,), torch.int64), ("row_ptr", row_ptr, (n_atoms + 1,), torch.int64)]
+        for name, t, shape, dtype in wanted:
+            if (t.shape, t.dtype, t.device) != (shape, dtype, k.device):
+                given = f"{tuple(t.shape)} {t.dtype} on {t.device}"
+                raise ValueError(f"{name} should be {shape} {dtype} on {k.device}, not {given}")
         x, w3, senders, row_ptr = (t.contiguous() for t in (x, w3, senders, row_ptr))
         ctx.k, sh, hidden = k, k.harmonics(sh), k.stored(hidden)
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
@@ -2041,7 +2053,7 @@ class Conv(torch.autograd.Function):
 
 def in_order(gh):
     """The gradient by `hidden`, of which `backward` leaves columns 2q, 2q+1, 2q+8, 2q+9 of 16 next to each other."""
-    return gh.view(*gh.shape[:-1], -1, 4, 2, 2).transpose(-3, -2).reshape(gh.shape)
+    return gh.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
 class Edges(torch.autograd.Function):
@@ -2087,20 +2099,13 @@ class ForceConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k, x, by_sh, by_r, sh, radial, hidden, w3, senders, row_ptr, out, gx, gsh, gr, last):
-        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr, ctx.first, ctx.last = (
-            k,
-            radial,
-            gx,
-            gsh,
-            gr,
-            by_sh is not None,
-            last,
-        )
+        ctx.k, ctx.radial, ctx.gx, ctx.gsh, ctx.gr = k, radial, gx, gsh, gr
+        ctx.first, ctx.last = by_sh is not None, last
         ctx.save_for_backward(x, sh, hidden, w3, senders, row_ptr)
         out = x.new_empty(len(x), k.shape.y_dim) if out is None else out
-        for nodes, edges, part, hidden in pieces(row_ptr, radial, hidden):
-            k.forward("forward_false", out[nodes], x, sh[edges], hidden[0], w3, senders[edges], part)
-            del hidden  # before the next one is made
+        for nodes, edges, part, h in pieces(row_ptr, radial, hidden):
+            k.forward("forward_false", out[nodes], x, sh[edges], h[0], w3, senders[edges], part)
+            del h  # before the next one is made
         return out
 
     @staticmethod
@@ -2113,10 +2118,10 @@ class ForceConv(torch.autograd.Function):
             ctx.gr.zero_()
         if ctx.needs_input_grad[1]:
             gx = torch.zeros_like(x) if ctx.gx is None else ctx.gx.zero_()
-        for nodes, edges, part, hidden in pieces(row_ptr, ctx.radial, hidden):
-            tensors = dict(slope=hidden[1], gx=gx, gsh=ctx.gsh[edges], gr=ctx.gr[edges])
-            ctx.k.backward(0, x, sh[edges], hidden[0], w3, senders[edges], part, gy[nodes], **tensors)
-            del hidden, tensors
+        for nodes, edges, part, h in pieces(row_ptr, ctx.radial, hidden):
+            tensors = dict(slope=h[1], gx=gx, gsh=ctx.gsh[edges], gr=ctx.gr[edges])
+            ctx.k.backward(0, x, sh[edges], h[0], w3, senders[edges], part, gy[nodes], **tensors)
+            del h, tensors
         return None, gx, *((ctx.gsh, ctx.gr) if ctx.first else (None, None)), *[None] * 11
 
 
@@ -2136,8 +2141,9 @@ def pieces(row_ptr, radial, hidden):
 
 
 class DualConv(torch.autograd.Function):
-    """The convolution and its tangent as a function of x (2A, ...) and the weights. `out` has the values already, and `gx` the
-    gradient by the tangent of x: it is that of ForceConv, the energy's derivative being what its tangent is linear in."""
+    """The convolution and its tangent as a function of x (2A, ...) and the weights, of which only energies' tangents summed with
+    weight 1, as in train.py, may be differentiated: then the gradient by the tangent of x is that of ForceConv, which is in `gx`
+    already, as the values are in `out`."""
 
     @staticmethod
     def forward(ctx, k, geometry, basis, hidden, out, gx, x, w3, *inner):
@@ -2177,9 +2183,8 @@ class Linear(torch.autograd.Function):
     def forward(ctx, muls_out, muls_in, *tensors):
         ctx.muls_out, ctx.muls_in = muls_out, muls_in
         xs, weights = Linear.sort(ctx, tensors)
-        ctx.save_for_backward(
-            *(xs if any(ctx.needs_input_grad[2 + len(xs) :]) else [None] * len(xs)), *tensors[len(xs) :]
-        )
+        kept = xs if any(ctx.needs_input_grad[2 + len(xs) :]) else [None] * len(xs)  # only weights' gradients need them
+        ctx.save_for_backward(*kept, *tensors[len(xs) :])
         out = xs[0].new_empty(len(xs[0]), sum((2 * l + 1) * m for l, m in enumerate(muls_out)))
 
         def launch(l):
@@ -2265,17 +2270,18 @@ def layer_kernels(muls_in, muls_out, lmax, width, n_basis, exact, norm, device):
 
     couplings = paths(len(muls_in) - 1, lmax, len(muls_out) - 1)
     couplings = [(l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy()) for l3, l1, l2 in couplings]
-    return LayerKernels(muls_in, muls_out, couplings, lmax, width, n_basis, exact, norm, device)
+    return LayerKernels(muls_in, couplings, lmax, width, exact, device, muls_out, n_basis, norm)
 
 
 def kernels_of(layer, model):
     shape = layer.muls_in, layer.muls_out, layer.lmax, len(layer.radial[-1]), len(layer.radial[0])
-    return layer_kernels(*shape, not model.tf32, layer.norm is not None, layer.radial[0].device)
+    with MAKING:
+        return layer_kernels(*shape, not model.tf32, layer.norm is not None, layer.radial[0].device)
 
 
 @functools.lru_cache
 def prepare(*layers, training):
-    """Compile what passes through these LayerKernels launch, all at once. `Conv`, which the model does without, is not among it."""
+    """Compile all at once what passes through these LayerKernels launch, which is less than they have: no `Conv`."""
     others = "backward_1 weight_grad_false" if training else "backward_1 backward_2 true weight_grad mlp_back"
     unused = lambda name: any(part in name for part in others.split())
     load([(k.module, name) for k in layers for name in k.module.sources if not unused(name)])
@@ -2401,3 +2407,36 @@ class Replay:
             self.padded, self.room = padded, room
         self.counts.copy_(torch.from_numpy(counts), non_blocking=True)
         self.graph.replay()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alone, without a network
+
+
+def main(device="cuda", n=100):
+    """Print one kernel; and, to stderr, errors of the convolution and its gradients, relative to plain torch in float64."""
+    from model import clebsch_gordan, paths, torch_conv
+
+    muls, lmax, l_out = (16, 8), 2, 1
+    couplings = [(l3, l1, l2, clebsch_gordan(l1, l2, l3).numpy()) for l3, l1, l2 in paths(1, lmax, l_out)]
+    print("\n".join(convolution_source(muls, couplings, lmax, 64, False, 4)[0]["forward_false_1"]))
+    if device == "cuda" and not torch.cuda.is_available():
+        return print("nothing checked: torch sees no CUDA device (test_kernels.py needs none)", file=sys.stderr)
+    row_ptr = torch.randint(0, 60, (n,)).cumsum(0)
+    row_ptr = torch.cat([row_ptr.new_zeros(1), row_ptr]).to(device)
+    senders = torch.randint(0, n, (int(row_ptr[-1]),), device=device)
+    for exact in True, False:
+        k = Convolution(muls, couplings, lmax, 64, exact, device)
+        shapes = (n, k.shape.x_dim), (len(senders), (lmax + 1) ** 2), (len(senders), 64), (64, k.shape.w_dim)
+        leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        doubles = [t.detach().double().requires_grad_() for t in leaves]
+        got = [Conv.apply(k, *leaves, senders, row_ptr)]
+        expected = [torch_conv(muls, lmax, l_out, torch.float64, device)(*doubles, senders, row_ptr)]
+        for out, inputs in (got, leaves), (expected, doubles):
+            out += torch.autograd.grad(out[0].square().sum(), inputs)
+        errors = [f"{(a - b).norm() / b.norm():.1e}" for a, b in zip(got, expected)]
+        print(f"exact={exact}: errors of out {errors[0]}, by x, sh, hidden, w3 {errors[1:]}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Without one, their own source is compiled as C++ and run on the CPU, threads in turn: slow, and the same to the last sum.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,13 +303,13 @@ def test_pairs_equal_those_of_the_cpu(monkeypatch):
 def test_convolution_refuses_other_tensors():
     k = SimpleNamespace(shape=SimpleNamespace(x_dim=4, lmax=0, width=64, w_dim=4), device=CUDA)
     row_ptr, senders = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
-    with pytest.raises(ValueError, match="x should be .2, 4. float32 on cuda"):
+    with pytest.raises(ValueError, match="x should be .2, 4. torch.float32 on cuda"):
         kernels.Conv.apply(
             k, torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4), senders, row_ptr
         )
     k.device = torch.device("cpu")
     tensors = torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(2, 64), torch.zeros(64, 4)
-    with pytest.raises(ValueError, match="senders should be .n,. int64 on cpu, not .2,. torch.int32"):
+    with pytest.raises(ValueError, match="senders should be .2,. torch.int64 on cpu, not .2,. torch.int32"):
         kernels.Conv.apply(k, *tensors, senders.int(), row_ptr)
     with pytest.raises(ValueError, match="edge vectors should be float64"):
         kernels.Edges.apply(k, torch.zeros(2, 3), 6.0, 6.0)
@@ -350,13 +353,13 @@ def test_no_loop_is_the_branch_of_an_if_with_else():
 
 
 KEEPER = """
-import sys, threading, time
+import os, threading
 import kernels
 def compile_cuda(source, options):
     both.wait()  # until two are at it: else BrokenBarrierError
-    print(source, flush=True)
+    os.write(1, source.encode())  # at once; a line that is printed may be torn by that of the other thread
     return source.encode() * 1000
-both, kernels.compile_cuda = threading.Barrier(2, timeout=20), compile_cuda
+both, kernels.compile_cuda = threading.Barrier(2, timeout=100), compile_cuda
 kernels.os.sched_getaffinity = lambda _: {0, 1}
 assert kernels.machine_code([*"abcdab"], (9, 0)) == [x * 1000 for x in (b"a", b"b", b"c", b"d", b"a", b"b")]
 """
@@ -364,12 +367,58 @@ assert kernels.machine_code([*"abcdab"], (9, 0)) == [x * 1000 for x in (b"a", b"
 
 def test_kernels_are_compiled_side_by_side_and_once(tmp_path):
     """By one of two processes, two threads at a time; the other one waits and finds them."""
-    run = lambda: subprocess.Popen([sys.executable, "-c", KEEPER], env=env, text=True, stdout=-1, stderr=-1)
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parent)}
+    how = dict(cwd=Path(kernels.__file__).parent, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    run = lambda: subprocess.Popen([sys.executable, "-c", KEEPER], text=True, stdout=-1, stderr=-1, **how)
     out = [p.communicate(timeout=120) for p in (run(), run())]
-    assert sorted("".join(o for o, _ in out).split()) == [*"abcd"]
+    assert sorted("".join(o for o, _ in out)) == [*"abcd"], out
     said = f"compiling 4 CUDA kernels (or waiting for a process that does), once: they are kept in {tmp_path}"
     assert any(said in e for _, e in out) and run().communicate(timeout=120) == ("", "")
+
+
+class Driver:
+    """Of CUDA: kernels do nothing, and are refused more shared memory than was asked for."""
+
+    def __init__(self):
+        self.loaded, self.shared = [], {}
+
+    def __getattr__(self, name):
+        return lambda *_: 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        self.loaded.append(name)
+        function._obj.value = len(self.loaded)
+
+    def cuFuncSetAttribute(self, function, which, size):
+        self.shared[function.value] = size
+
+    def cuLaunchKernel(self, function, *sizes):
+        return int(sizes[6] > self.shared.get(function.value, 0))
+
+
+def test_two_threads_begin_at_once(monkeypatch):
+    model, batch = random_model(hidden="12x0e+6x1o", layers=3).to("cpu"), batch_on("cpu", structures()[-1:])
+    both, compiled, driver = threading.Barrier(2), [], Driver()
+
+    def machine_code(sources, capability):
+        compiled.append(sources)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)  # for another thread, which should not come
+        return sources
+
+    about = SimpleNamespace(multi_processor_count=1, shared_memory_per_block_optin=1 << 18)
+    cuda = dict(device=contextlib.nullcontext, current_device=lambda: None, synchronize=lambda: None)
+    cuda |= dict(get_device_capability=lambda _: (9, 0), get_device_properties=lambda _: about)
+    for name, stub in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setattr(kernels, "machine_code", machine_code)
+    monkeypatch.setattr(kernels, "layer_kernels", functools.lru_cache(layer_kernels.__wrapped__))
+    run = lambda _: kernels.atom_energies(model, batch.numbers, batch.vectors, batch.senders, batch.row_ptr)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert kernels.layer_kernels.cache_info().misses == 3
+    assert len(compiled) == 1 and len(driver.loaded) == len(compiled[0])
 
 
 def test_the_cache_of_kernels(tmp_path, monkeypatch, capsys):
@@ -408,6 +457,19 @@ def test_all_that_is_launched_is_compiled_at_once_and_nothing_else(monkeypatch):
 
 
 @needs_device
+def test_the_file_alone(monkeypatch, capsys):
+    """`python kernels.py`: a convolution without a layer."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernels, "Module", OnCPU)
+        monkeypatch.setattr(kernels, "shared_memory", lambda device: 1 << 18)
+    kernels.main("cuda" if torch.cuda.is_available() else "cpu", n=5)
+    said = capsys.readouterr()
+    assert said.out.count("__global__") == 1
+    errors = [float(e) for e in re.findall(r"\d\.\de[+-]\d+", said.err)]
+    assert len(errors) == 10 and max(errors[:5]) < 1e-6 and max(errors[5:]) < 1e-3
+
+
+@needs_device
 def test_room_for_edges_but_none():
     """As in the CUDA graph of an atom alone: nothing is read before the first edge, and the sums are zero."""
     on_gpu, n = torch.cuda.is_available(), 3
@@ -425,6 +487,9 @@ def test_room_for_edges_but_none():
     k.backward(0, x, sh, hidden[0], w3, senders, row_ptr, torch.ones_like(y), slope=hidden[1], gx=gx, gsh=gsh, gr=gr)
     gw3 = k.weight_grad(x, sh, hidden[0], senders, row_ptr, torch.ones_like(y))
     assert all((t == 0).all() for t in (y, gx, gsh, gr, gw3))
+    inputs = [t.requires_grad_() for t in (x, x.new_ones(0, 1), x.new_ones(0, 64), w3)]  # and no room
+    grads = torch.autograd.grad(kernels.Conv.apply(k, *inputs, senders[:0], row_ptr).sum(), inputs)
+    assert all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, inputs))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -650,7 +715,7 @@ def test_padded_batches_and_their_cuda_graph(monkeypatch):
         expected = gradient(trainer.add_gradient, batch, counts)
         assert isinstance(trainer.accumulate, Replay)
         for used in filter(None, (padded, getattr(trainer.accumulate, "padded", None))):
-            used.batch.vectors.zero_()  # as of two atoms at one place in a batch before: this edge may be beyond those of the next
+            used.batch.vectors.zero_()  # as of two atoms at one place: the next batch may leave this edge as padding
         if torch.cuda.is_available():
             before, got = trainer.accumulate.padded, gradient(trainer.accumulate, batch, counts)
             assert (trainer.accumulate.padded is before) == (before is not None and len(some) < 5)
