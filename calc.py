@@ -284,7 +284,7 @@ def until_some_finish(model, s, fmax, steps, mask, symmetry):
 
 def start(index, atoms, model, steps, symprec):
     """The record of a structure whose relaxation begins. Raises ValueError for bad input."""
-    check(atoms, model)
+    check(atoms, model.config["atomic_numbers"])
     if atoms.constraints and steps:
         raise ValueError("constraints are not supported here: use ASE's optimizers, or symprec for FixSymmetry")
     atoms, symmetry, n, extent = atoms.copy(), {}, len(atoms), 1
@@ -327,10 +327,10 @@ def end(r):
 # Calculator
 
 
-def check(atoms, model):
-    """Raises ValueError: why the model can say nothing about these atoms."""
+def check(atoms, elements):
+    """Raises ValueError: why a model of these elements (atomic numbers) can say nothing about the atoms."""
     data.check_geometry(atoms)
-    unknown = set(atoms.numbers.tolist()) - set(model.config["atomic_numbers"])
+    unknown = set(atoms.numbers.tolist()) - set(elements)
     if unknown:
         raise ValueError(f"elements that the model lacks: {', '.join(chemical_symbols[z] for z in sorted(unknown))}")
 
@@ -412,7 +412,7 @@ class NequixCalculator(Calculator):
             cell, one = data.complete_cell(given, pbc), torch.zeros_like(numbers)
             complete = same and still_complete(old.positions, old.inverse_cell, positions, cell, one, cutoff)
         if not complete:
-            check(atoms, self.model)
+            check(atoms, self.model.config["atomic_numbers"])
             n = torch.tensor([len(atoms)])
             batch, nearest = list_with_skin(numbers, positions, cell, pbc, n, cutoff, self.device)
             if nearest.item() < data.CLOSEST:

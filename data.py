@@ -108,8 +108,11 @@ def parse(job):
                 path, member = content
                 with tempfile.TemporaryDirectory() as folder:
                     path = open_zip(path).extract(member, folder) if member else path
-                    frames = ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
-                    yield from ((f"{name}#{k}", atoms) for k, atoms in enumerate(frames))
+                    k = 0
+                    for k, atoms in enumerate(ase.io.iread(path, index=":", do_not_split_by_at_sign=True), 1):
+                        yield f"{name}#{k - 1}", atoms
+                    if k == 0:
+                        raise ValueError("no structure in it")
         except Exception as e:  # ASE raises every kind on a file it can't read
             yield name, ValueError(f"cannot be read ({type(e).__name__}: {e})")
 
@@ -206,6 +209,14 @@ def pack_job(job, limits):
     return [join(good)] if good else [], problems, len(good) + len(problems)
 
 
+def tell(problems, word):
+    """Print (name, what is wrong) of at most 20."""
+    for name, reason in problems[:20]:
+        print(f"{word}: {name}: {reason}")
+    if len(problems) > 20:
+        print(f"... and {len(problems) - 20} more")
+
+
 def next_job(frames):
     """Up to 64 of the frames, or 4 MB and one."""
     job, size = [], 0
@@ -233,7 +244,7 @@ def over_frames(work, files, desc, workers=None):
                     bar.update(done[-1])
                     yield done
         except BrokenExecutor:
-            raise ValueError("a worker process died (out of memory?): try --workers 1") from None
+            raise ValueError("a worker process died (out of memory?)") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -247,10 +258,7 @@ def pack(files, out, source, split, bad="fail", limits=(), workers=None):
         parts += [a | dict(order=a["order"] + n_read) for a in arrays]
         problems += wrong
         n_read += n
-    for name, reason in problems[:20]:
-        print(f"{'skipped' if bad == 'skip' else 'bad'}: {name}: {reason}")
-    if len(problems) > 20:
-        print(f"... and {len(problems) - 20} more")
+    tell(problems, "skipped" if bad == "skip" else "bad")
     if problems and bad == "fail":
         raise ValueError(f"unusable frames: {len(problems)}; --bad skip drops them")
     if len(problems) == n_read:
@@ -350,6 +358,13 @@ class PackedSet:
 
     def name(self, index):
         return self.ids[index].decode()
+
+    def atoms(self, index):
+        """A frame as an ASE Atoms, without labels."""
+        from ase import Atoms
+
+        at, a = slice(*self.offsets[index : index + 2]), {k: self.arrays[k].numpy() for k in ARRAYS[:5]}
+        return Atoms(a["numbers"][at], a["positions"][at], cell=a["cell"][index], pbc=a["pbc"][index])
 
     def batch(self, indices):
         """The frames `indices` (S,) as a Batch on the device."""

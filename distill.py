@@ -3,26 +3,28 @@
     python distill.py                                            # 1.58 M frames, as many as MPtrj has, -> data/taught
     python distill.py STRUCTURES... --frames 500000 --out data/mine
 
-STRUCTURES are files that ASE reads, zips of them, or packed sets (their training frames); no label of theirs is used. Each is
-used equally often: a file that is given twice counts twice. The set consists of chains of four frames of the same atoms. The
-first is a structure: in a quarter of the chains with elements exchanged for neighbours in their groups; repeated to a random
+STRUCTURES are files that ASE reads, zips of them, or packed sets (their training frames); no label of theirs is used. All are
+used equally often, to within one: a file that is given twice counts twice. A set has chains of four frames of the same atoms.
+The first is a structure: in a fifth of the chains with elements exchanged for neighbours in their groups; repeated to a random
 size; strained, rattled, at times compressed. For each of the other three, atoms take a step along their forces, and the cell
-along its stress, as in a relaxation. Excluded, and counted, are frames with a force above 20 eV/A or two atoms nearer than
-half the sum of their covalent radii. A material, that is a reduced formula, is on one side of the split; 5% validate. No
-frame has a formula of records/held_out.txt, or of a fixed half of WBM's, so that models can be tested on these.
+along its stress, as in a relaxation. A frame with a force above 20 eV/A, or two atoms nearer than half the sum of their covalent
+radii, is kept, but not for training. A material, that is a reduced formula, is on one side of the split; 5% validate. Formulas
+of records/held_out.txt, and half of WBM's if it is among STRUCTURES, are in no frame: models can be tested on them.
 
-The same command resumes a killed run. The hash of a set is that of its structures, teacher, VERSION and split. It is the same
-on other machines, whose labels differ in the last digits, so that a training run can be resumed there.
+The same command resumes a killed run, which loses 512 frames at most. A set has the same hash on other machines, unless a force
+is 20 eV/A to the last digits, so that training can be resumed there: it is that of structures, teacher, split, numpy, VERSION.
 """
 
 import argparse
-import contextlib
 import hashlib
 import math
+import re
 import shutil
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,53 +33,53 @@ from ase.data import chemical_symbols, covalent_radii
 from tqdm import tqdm
 
 import data
-from calc import NequixCalculator
+from calc import NequixCalculator, check
 from data import EXCLUDED, PER_ATOM, TRAIN, VAL, PackedSet, make_batch
 from eval_discovery import WBM
 from model import energy_forces_stress
 
-VERSION, LENGTH, BLOCK = 1, 4, 128  # raise it if other frames are made; frames of a chain; chains made together
-LARGEST, MAX_FORCE, NEAREST = 400, 20.0, 0.5  # atoms; eV/A; in sums of covalent radii
+VERSION, LENGTH, BLOCK = 2, 4, 128  # of the frames that this script makes; frames in a chain; chains in a block
+MAX_FORCE, NEAREST = 20.0, 0.5  # eV/A; in sums of covalent radii
 STEP, CELL_STEP = 0.02, 0.3  # downhill: A per eV/A, 0.1 A at most; strain per eV/A^3, 0.02 at most
 GROUPS = """Li Na K Rb Cs, Be Mg Ca Sr Ba, Sc Y Lu, La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu, Ac Th Pa U Np Pu, Ti Zr Hf,
 V Nb Ta, Cr Mo W, Mn Tc Re, Fe Ru Os, Co Rh Ir, Ni Pd Pt, Cu Ag Au, Zn Cd Hg, B Al Ga In Tl, C Si Ge Sn Pb, N P As Sb Bi,
 O S Se Te, F Cl Br I"""
-draw = lambda formula: int(hashlib.sha256(formula.encode()).hexdigest(), 16) % 1000  # the same for a formula, always
+draw = lambda formula: int(hashlib.sha256(formula.encode()).hexdigest(), 16) % 1000  # always the same
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Structures, and the first frames made of them
+# Structures, the first frames made of them, labels, the set
 
 
-def read_job(job):
-    """(name, numbers, positions, cell, pbc) of each sound structure of a job of `data.over_frames`; the number of all."""
-    out, n = [], 0
-    for n, (name, atoms) in enumerate(data.parse(job), 1):
-        with contextlib.suppress(ValueError):
-            data.check_geometry(atoms)
-            name = str(atoms.info.get("material_id", name)).encode()
-            out.append((name, atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc))
-    return out, n
+def read(source, elements):
+    """(id, numbers, positions, cell, pbc) of the structures of a job of `data.over_frames`, or of a packed set; (name, what is
+    wrong) of those that cannot be used; the number of all."""
+    packed, rows, problems = isinstance(source, PackedSet), [], []
+    frames = ((source.name(i), source.atoms(i)) for i in source.indices(TRAIN)) if packed else data.parse(source)
+    for name, atoms in frames:
+        try:
+            check(atoms, elements)
+            id = str(atoms.info.get("material_id", name)).encode()
+            rows.append((id, atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc))
+        except ValueError as e:
+            problems.append((name, str(e)))
+    return rows, problems, len(rows) + len(problems)
 
 
 def read_structures(paths, elements):
     """The usable structures of files and packed sets, joined: arrays as in a packed set, the atoms of each element, `counts`
     (S, 119), and the reduced formula, `formula` (S,). Raises ValueError if there is none."""
-    rows, files = [], [path for path in paths if not Path(path).is_dir()]
-    for p in (PackedSet(path) for path in paths if Path(path).is_dir()):
-        numbers, positions, cell, pbc = (p.arrays[k].numpy() for k in "numbers positions cell pbc".split())
-        atoms = {i: slice(*p.offsets[i : i + 2]) for i in p.indices(TRAIN)}
-        rows += [(p.ids[i], numbers[a], positions[a], cell[i], pbc[i]) for i, a in atoms.items()]
-    n_read, known = len(rows), np.isin(np.arange(119), elements)
-    for found, n in data.over_frames(read_job, files, "reading structures") if files else ():
-        rows += found
-        n_read += n
-    rows = [r for r in rows if len(r[1]) <= LARGEST and known[r[1]].all()]
-    print(f"{len(rows)} of {n_read} structures are sound, of elements of the teacher and {LARGEST} atoms at most")
+    files = [f for f in paths if not Path(f).is_dir()]
+    found = [read(PackedSet(f), elements) for f in paths if Path(f).is_dir()]
+    if files:
+        found += data.over_frames(partial(read, elements=elements), files, "reading structures")
+    rows, problems = (list(chain.from_iterable(x)) for x in list(zip(*found))[:2])
+    data.tell(problems, "left out")
     if not rows:
         raise ValueError(f"no usable structure in {', '.join(map(str, paths))}")
-    names, numbers, positions, cell, pbc = zip(*rows)
-    s = dict(ids=np.array(names), cell=np.stack(cell).astype(float), pbc=np.stack(pbc), numbers=np.concatenate(numbers))
-    s |= dict(positions=np.concatenate(positions).astype(float), offsets=np.cumsum([0, *map(len, numbers)]))
+    ids, numbers, positions, cell, pbc = zip(*rows)
+    positions, cell = np.float32(np.concatenate(positions)), np.float32(cell)  # more digits may depend on the machine
+    s = dict(ids=np.array(ids), numbers=np.concatenate(numbers), positions=positions, cell=cell, pbc=np.stack(pbc))
+    s["offsets"] = np.cumsum([0, *map(len, numbers)])
     s["counts"] = data.composition(s["numbers"], s["offsets"]).astype(np.uint16)
     return s | dict(formula=np.array(formulas(s["counts"])))
 
@@ -93,8 +95,7 @@ def neighbours(elements):
     table = np.repeat(np.arange(119)[:, None], 2, 1)
     for group in GROUPS.split(","):
         column = [z for z in map(chemical_symbols.index, group.split()) if z in elements]
-        for above, below in zip(column, column[1:]):
-            table[below, 0], table[above, 1] = above, below
+        table[column[1:], 0], table[column[:-1], 1] = column[:-1], column[1:]
     return table
 
 
@@ -110,7 +111,7 @@ def vary(s, of, others, held_out, rng):
     becomes[held] = elements
     formula = np.where(held, s["formula"][of], formula)
 
-    size = np.exp(rng.normal(np.log(20), 0.95, len(of))).clip(1, LARGEST)
+    size = np.exp(rng.normal(np.log(20), 0.95, len(of))).clip(1, 400)  # atoms
     n_cell, length = np.diff(s["offsets"])[of], np.where(s["pbc"], np.linalg.norm(s["cell"], axis=2), np.inf)[of]
     repeats, growing = np.ones((len(of), 3), int), np.flatnonzero(s["pbc"][of].any(1))
     while len(growing):  # along the shortest vector, up to the size
@@ -140,10 +141,6 @@ def vary(s, of, others, held_out, rng):
     return {k: torch.from_numpy(v) for k, v in arrays.items()}, split
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Labels, and the set
-
-
 def label(model, batch):
     """The frames of the chains that begin with `batch`, as arrays (LENGTH, A or S, ...) named and typed as in a packed set; with
     n_atoms and, (LENGTH, S) bool, what excludes a frame: too_strong forces, too_near atoms."""
@@ -170,54 +167,60 @@ def label(model, batch):
 
 def distill(structures, weights, n_frames, out, held_out, device):
     """Make the packed set `out`, or go on with it. Raises ValueError or OSError with a one-line reason."""
-    calc = NequixCalculator(weights, device)
+    calc, out = NequixCalculator(weights, device), Path(out)
     elements = calc.model.config["atomic_numbers"]
     s, others = read_structures(structures, elements), neighbours(elements)
-    held_out = {f for f, id in zip(s["formula"], s["ids"]) if b"wbm-" in id and draw(f) < 500}.union(held_out)
+    wbm = (f for f, id in zip(s["formula"], s["ids"]) if re.search(rb"(^|[:/])wbm-\d+-\d+", id))
+    held_out = {f for f in wbm if draw(f) < 500}.union(held_out)
     if not (free := [k for k, f in enumerate(s["formula"]) if f not in held_out]):
         raise ValueError("all structures are held out")
-    print(f"{len(free)} structures are not held out")
+    print(f"usable structures: {len(s['ids'])}, not held out: {len(free)}")
     of = np.resize(np.random.default_rng(0).permutation(free), math.ceil(n_frames / LENGTH))  # a chain's structure
     made_of = hashlib.sha256(f"{VERSION} {calc.fingerprint()} {np.__version__} {sorted(held_out)}".encode())
     made_of.update(b"".join(s[k].tobytes() for k in ("numbers", "positions", "cell", "pbc", "offsets")) + of.tobytes())
-    folder = Path(f"{out}.part-{made_of.hexdigest()[:8]}")
+    folder = out.with_name(f"{out.name}.part-{made_of.hexdigest()[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     threads = 2 if calc.device.type == "cuda" else 1  # the GPU works for one while the other prepares
     files = {b: folder / f"{b}.npz" for b in range(0, len(of), BLOCK)}
+    bar = tqdm(desc=f"labelling {out}", total=LENGTH * len(of), unit="frame", disable=None)
 
     def make_block(b):
         """Write the frames of a block of chains: all the first ones, all the second ones, and so on."""
-        if files[b].exists():
-            return
         which = of[b : b + BLOCK]
+        if zipfile.is_zipfile(files[b]):  # whole
+            return bar.update(LENGTH * len(which))
         a, split = vary(s, which, others, held_out, np.random.default_rng([1, b]))
         n = a["n_atoms"].numpy()
         first, parts = np.append(0, n.cumsum()), []
-        most = calc.max_edges / 100 / threads  # atoms: at 100 edges each
-        for piece in data.micro_batches(np.arange(len(n)), n, n, most, most):
+        for piece in data.micro_batches(
+            np.arange(len(n)), n, 100 * n, np.inf, calc.max_edges / threads
+        ):  # 100 edges an atom
             lo, hi = piece[0], piece[-1] + 1
             system = (v[first[lo] : first[hi]] if k in PER_ATOM else v[lo:hi] for k, v in a.items())
             parts.append(label(calc.model, make_batch(*system, calc.cutoff, calc.device)))
+            bar.update(LENGTH * len(piece))
         f = {k: np.concatenate([p[k] for p in parts], 1).reshape(-1, *parts[0][k].shape[2:]) for k in parts[0]}
         ids = [b"%b %d.%d" % (s["ids"][i], b + c, k) for k in range(LENGTH) for c, i in enumerate(which)]
         split = np.where(f["too_strong"] | f["too_near"], EXCLUDED, np.tile(split, LENGTH))
         np.savez(part := folder / f"{b}.tmp.npz", ids=np.array(ids), split=split.astype(np.uint8), **f)
-        part.rename(files[b])  # whole or not there
+        part.rename(files[b])
 
-    for b in [b for b in files if not files[b].exists()][:1]:
-        make_block(b)  # alone: torch and CUDA load some code at its first use, which two threads must not do at once
-    pool, unit = ThreadPoolExecutor(threads), dict(unit="frame", unit_scale=LENGTH * BLOCK)
+    pool = ThreadPoolExecutor(threads)
     try:
-        for _ in tqdm(pool.map(make_block, files), f"labelling {out}", len(files), disable=None, **unit):
-            pass
+        make_block(min(files, key=lambda b: files[b].exists()))  # alone: torch fails if two threads are its first users
+        bar.reset()
+        list(pool.map(make_block, files))
     finally:
         pool.shutdown(cancel_futures=True)
+        bar.close()
 
     a = {k: np.concatenate([np.load(f)[k] for f in files.values()]) for k in np.load(files[0])}
     a["offsets"] = np.cumsum(np.append(0, a["n_atoms"]))
     made_of.update(a["numbers"].tobytes() + a["split"].tobytes())
     counts = dict(zip(("train", "val", "test", "excluded"), np.bincount(a["split"], minlength=4).tolist()))
     counts |= {f"({k})": int(a[k.replace(" ", "_")].sum()) for k in ("too strong", "too near")}
+    if not (counts["train"] and counts["val"]):
+        raise ValueError(f"nothing to train on or to validate on ({counts}): give structures of more materials")
     source = f"{', '.join(map(str, structures))}, varied; distilled: labels by {weights} ({calc.fingerprint()})"
     data.write_set(out, a, dict(source=source, cutoff=calc.cutoff, counts=counts, data_sha256=made_of.hexdigest()))
     shutil.rmtree(folder)
@@ -225,9 +228,9 @@ def distill(structures, weights, n_frames, out, held_out, device):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("structures", nargs="*", metavar="STRUCTURES", help="default: WBM and sample, which are fetched")
+    p.add_argument("structures", nargs="*", metavar="STRUCTURES", help="default: those of WBM and sample, fetched")
     p.add_argument("--weights", default="nequix-mp-1", help="the teacher: a released name, an .nqx file or a model.pt")
-    p.add_argument("--frames", type=int, default=1_580_000, help="how many (default: 1580000)")
+    p.add_argument("--frames", type=int, default=1_580_000, help="number of frames, a multiple of 4 (default: 1580000)")
     p.add_argument("--out", default="data/taught", help="folder of the packed set (default: data/taught)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     a = p.parse_args()

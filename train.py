@@ -391,7 +391,8 @@ def train(a, device, rank, ranks, told=()):
         raise ValueError(f"{a.data} has elements that the model lacks: atomic numbers {unknown}")
     val_frames, others = known_frames(packed, val_frames, known)
     if len(val_frames) == 0:
-        raise ValueError(f"{a.data} has no validation frames of elements that the model is trained on")
+        which = " of elements that the model is trained on" * bool(others)
+        raise ValueError(f"{a.data} has no validation frames{which}")
     steps_per_epoch = len(train_frames) / a.batch
     total = a.steps or max(round(a.epochs * steps_per_epoch), 1)
     eval_every = a.eval_every or max(min(round(steps_per_epoch), total // 10), 1)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import ase.io
 import numpy as np
-from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 from tqdm import tqdm
@@ -60,7 +59,7 @@ def text_of(frames, path):
     a = {k: v.numpy() for k, v in p.arrays.items()}
     for i in frames:
         at = slice(*p.offsets[i : i + 2])
-        atoms = Atoms(a["numbers"][at], a["positions"][at], cell=a["cell"][i], pbc=a["pbc"][i])
+        atoms = p.atoms(i)
         atoms.info |= dict(mp_id=f"mp-{frames[0]}", task_id=f"mp-{frames[0]}", calc_id=0, ionic_step=i - frames[0])
         stress = None if np.isnan(a["stress"][i]).any() else a["stress"][i][[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
         atoms.calc = SinglePointCalculator(atoms, energy=a["energy"][i], forces=a["forces"][at], stress=stress)
@@ -72,14 +71,15 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["makeup", "zip"])
     p.add_argument("sets", nargs="+")
-    p.add_argument("--frames", type=int, default=300_000)
-    p.add_argument("--out", default="data/rehearsal.zip")
+    p.add_argument("--frames", type=int, default=300_000, help="in the zip, at most (default: 300000)")
+    p.add_argument("--out", default="data/rehearsal.zip", help="the zip (default: data/rehearsal.zip)")
     a = p.parse_args()
     if a.what == "makeup":
         for path in a.sets:
             makeup(path, (VAL, TEST) if Path(path).name == "sample" else [s for s in range(4) if s != EXCLUDED])
         return
-    frames = np.array_split(np.arange(a.frames), a.frames // 10)  # about as many a material as MPtrj has
+    frames = np.flatnonzero(PackedSet(a.sets[0]).split != EXCLUDED)[: a.frames]
+    frames = np.array_split(frames, -(-len(frames) // 10))  # about as many a material as MPtrj has
     with zipfile.ZipFile(a.out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as f:
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             work = pool.map(functools.partial(text_of, path=a.sets[0]), frames, chunksize=50)
