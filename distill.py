@@ -7,7 +7,7 @@ STRUCTURES are files that ASE reads, zips of them, or packed sets (their trainin
 used equally often, to within one: a file that is given twice counts twice. A set has chains of four frames of the same atoms.
 The first is a structure: in a fifth of the chains with elements exchanged for neighbours in their groups; repeated to a random
 size; strained, rattled, at times compressed. For each of the other three, atoms take a step along their forces, and the cell
-along its stress, as in a relaxation. A frame with a force above 20 eV/A, or two atoms nearer than half the sum of their covalent
+along its stress, as in a relaxation. A frame with a force above 20 eV/A, or two atoms nearer than half the sum of covalent
 radii, is kept, but not for training. A material, that is a reduced formula, is on one side of the split; 5% validate. Formulas
 of records/held_out.txt, and half of WBM's if it is among STRUCTURES, are in no frame: models can be tested on them.
 
@@ -185,16 +185,14 @@ def distill(structures, weights, n_frames, out, held_out, device):
     bar = tqdm(desc=f"labelling {out}", total=LENGTH * len(of), unit="frame", disable=None)
 
     def make_block(b):
-        """Write the frames of a block of chains: all the first ones, all the second ones, and so on."""
+        """Write the frames of a block of chains, the first ones first, in pieces that fit the memory (100 edges an atom)."""
         which = of[b : b + BLOCK]
         if zipfile.is_zipfile(files[b]):  # whole
             return bar.update(LENGTH * len(which))
         a, split = vary(s, which, others, held_out, np.random.default_rng([1, b]))
         n = a["n_atoms"].numpy()
         first, parts = np.append(0, n.cumsum()), []
-        for piece in data.micro_batches(
-            np.arange(len(n)), n, 100 * n, np.inf, calc.max_edges / threads
-        ):  # 100 edges an atom
+        for piece in data.micro_batches(np.arange(len(n)), n, 100 * n, np.inf, calc.max_edges / threads):
             lo, hi = piece[0], piece[-1] + 1
             system = (v[first[lo] : first[hi]] if k in PER_ATOM else v[lo:hi] for k, v in a.items())
             parts.append(label(calc.model, make_batch(*system, calc.cutoff, calc.device)))
