@@ -297,8 +297,7 @@ def write_set(out, arrays, meta):
         folder.rename(out)
     print(f"{out}: {', '.join(f'{n} {k}' for k, n in meta['counts'].items())}")
     print(
-        f"{len(s['atomic_numbers'])} elements, {s['avg_n_neighbors']:.2f} neighbours within {meta['cutoff']} A, ",
-        end="",
+        f"{len(s['atomic_numbers'])} elements, {s['avg_n_neighbors']:.2f} neighbours within {packed.cutoff} A, ", end=""
     )
     print(f"scale {s['scale']:.4f} eV/A, shift {s['shift']:.4f} eV")
     fitted = packed.numbers[np.repeat(packed.split == TRAIN, packed.n_atoms)]
