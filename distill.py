@@ -77,11 +77,13 @@ def read_structures(paths, elements):
     if not rows:
         raise ValueError(f"no usable structure in {', '.join(map(str, paths))}")
     ids, numbers, positions, cell, pbc = zip(*rows)
-    positions, cell = np.float32(np.concatenate(positions)), np.float32(cell)  # more digits may depend on the machine
+    positions, cell = (
+        np.round(x, 5) + 0.0 for x in (np.concatenate(positions), np.stack(cell))
+    )  # A; more digits may vary
     s = dict(ids=np.array(ids), numbers=np.concatenate(numbers), positions=positions, cell=cell, pbc=np.stack(pbc))
-    s["offsets"] = np.cumsum([0, *map(len, numbers)])
-    s["counts"] = data.composition(s["numbers"], s["offsets"]).astype(np.uint16)
-    return s | dict(formula=np.array(formulas(s["counts"])))
+    s["offsets"] = offsets = np.cumsum([0, *map(len, numbers)])
+    counts = data.composition(s["numbers"], offsets).astype(np.uint16)
+    return s | dict(counts=counts, formula=np.array(formulas(counts)))
 
 
 def formulas(counts):
@@ -111,7 +113,7 @@ def vary(s, of, others, held_out, rng):
     becomes[held] = elements
     formula = np.where(held, s["formula"][of], formula)
 
-    size = np.exp(rng.normal(np.log(20), 0.95, len(of))).clip(1, 400)  # atoms
+    size = np.exp(rng.normal(np.log(20), 0.95, len(of))).clip(1, 400)  # atoms, much as in MPtrj
     n_cell, length = np.diff(s["offsets"])[of], np.where(s["pbc"], np.linalg.norm(s["cell"], axis=2), np.inf)[of]
     repeats, growing = np.ones((len(of), 3), int), np.flatnonzero(s["pbc"][of].any(1))
     while len(growing):  # along the shortest vector, up to the size
@@ -130,10 +132,10 @@ def vary(s, of, others, held_out, rng):
 
     radius = lambda z: np.bincount(at, covalent_radii[z], len(of)) / n
     scale = radius(numbers) / radius(s["numbers"][atom])  # other elements take other room
-    scale *= np.where(rng.random(len(of)) < 0.1, rng.uniform(0.92, 1.03, len(of)), 1)
+    scale *= np.where(rng.random(len(of)) < 0.1, rng.uniform(0.92, 1.03, len(of)), 1)  # at times compressed
     strain = rng.normal(size=(len(of), 3, 3)) * (0.05 * rng.random(len(of)) ** 3)[:, None, None]
     stretch = scale[:, None, None] * (np.eye(3) + (strain + strain.swapaxes(1, 2)) / 2)
-    rattle = (0.2 * rng.random(len(of)) ** 6)[at, None] * rng.normal(size=positions.shape)  # A
+    rattle = (0.2 * rng.random(len(of)) ** 6)[at, None] * rng.normal(size=positions.shape)  # A: most by very little
     positions = np.einsum("ai,aij->aj", positions, stretch[at]) + rattle
     cell = s["cell"][of] * repeats[:, :, None] @ stretch
     arrays = dict(numbers=numbers, positions=np.float32(positions), cell=np.float32(cell), pbc=s["pbc"][of], n_atoms=n)

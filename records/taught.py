@@ -36,18 +36,14 @@ def makeup(path, splits):
     pressure = -np.trace(p.arrays["stress"].numpy()[frames], axis1=1, axis2=2) / 3
     count = np.bincount(p.numbers[atoms], minlength=119) / atoms.sum()
     print(f"{path}: {len(frames)} frames, {atoms.sum()} atoms, {p.n_atoms[frames].mean():.1f} atoms a frame, ", end="")
+    print(f"{(p.n_edges / p.n_atoms)[frames].mean():.1f} neighbours within {p.cutoff} A")
     print(
-        f"{(p.n_edges / p.n_atoms)[frames].mean():.1f} neighbours within {p.cutoff} A, {np.sum(count > 0)} elements: ",
-        end="",
+        f"{np.sum(count > 0)} elements: "
+        + ", ".join(f"{chemical_symbols[z]} {count[z]:.1%}" for z in np.argsort(-count)[:12])
     )
-    print(", ".join(f"{chemical_symbols[z]} {count[z]:.1%}" for z in np.argsort(-count)[:12]))
     print(f"root mean square of a force component {np.sqrt(np.square(forces, dtype=float).mean() / 3):.3f} eV/A")
-    rows = {
-        "atoms": p.n_atoms[frames],
-        "force, eV/A": forces,
-        "largest force of a frame, eV/A": np.maximum.reduceat(forces, offsets[:-1]),
-    }
-    rows |= {"pressure, eV/A^3": pressure[np.isfinite(pressure)]}
+    rows = {"atoms": p.n_atoms[frames], "force, eV/A": forces, "pressure, eV/A^3": pressure[np.isfinite(pressure)]}
+    rows |= {"largest force of a frame, eV/A": np.maximum.reduceat(forces, offsets[:-1])}
     print(f"{'percentile':32}" + "".join(f"{q:10}" for q in POINTS))
     for name, x in rows.items():
         print(f"{name:32}" + "".join(f"{v:10.4f}" for v in np.percentile(x, POINTS)))
