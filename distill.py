@@ -66,8 +66,8 @@ def read(source, elements):
 
 
 def read_structures(paths, elements):
-    """The usable structures of files and packed sets, joined: arrays as in a packed set, the atoms of each element, `counts`
-    (S, 119), and the reduced formula, `formula` (S,). Raises ValueError if there is none."""
+    """The usable structures of files and packed sets, joined as in a packed set, to 1e-5 A, since more digits can vary between
+    machines; with counts, (S, 119), of each element, and reduced formulas, (S,). Raises ValueError if there is none."""
     files = [f for f in paths if not Path(f).is_dir()]
     found = [read(PackedSet(f), elements) for f in paths if Path(f).is_dir()]
     if files:
@@ -77,10 +77,8 @@ def read_structures(paths, elements):
     if not rows:
         raise ValueError(f"no usable structure in {', '.join(map(str, paths))}")
     ids, numbers, positions, cell, pbc = zip(*rows)
-    positions, cell = (
-        np.round(x, 5) + 0.0 for x in (np.concatenate(positions), np.stack(cell))
-    )  # A; more digits may vary
-    s = dict(ids=np.array(ids), numbers=np.concatenate(numbers), positions=positions, cell=cell, pbc=np.stack(pbc))
+    s = dict(ids=np.array(ids), numbers=np.concatenate(numbers), pbc=np.stack(pbc))
+    s |= dict(positions=np.round(np.concatenate(positions), 5) + 0.0, cell=np.round(np.stack(cell), 5) + 0.0)
     s["offsets"] = offsets = np.cumsum([0, *map(len, numbers)])
     counts = data.composition(s["numbers"], offsets).astype(np.uint16)
     return s | dict(counts=counts, formula=np.array(formulas(counts)))
